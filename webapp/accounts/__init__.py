@@ -1,0 +1,1 @@
+"""People: accounts, invitations, and the doors that let somebody in."""
