@@ -1,0 +1,262 @@
+"""Labelled images, the split into base and validation classes, and what an episode can be made of.
+
+Plain Python and numpy: importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fewshot_engine.config import EpisodeConfig
+from fewshot_engine.errors import ConfigError, DataError
+
+PHOTO_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """Photos with a class each.
+
+    Attributes:
+        classes: class names, unique; a nested class is its path, "Alphabet/character".
+        labels: (n,) int64, indices into `classes`.
+        paths: n file names.
+        groups: (n,) or None; photos of one group (identical content, a burst, near copies) never stand on both
+            sides of a split or an episode.
+    """
+
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    paths: tuple[str, ...]
+    groups: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        check_labels(self.classes, self.labels, self.groups)
+        if len(self.paths) != len(self.labels):
+            raise ConfigError(f"{len(self.paths)} paths for {len(self.labels)} labels: each photo has one of both")
+
+    def counts(self) -> dict[str, int]:
+        """Class name -> photos that an episode can tell apart (photos of one group count once)."""
+        return count_photos(self.classes, self.labels, self.groups)
+
+
+@dataclass(frozen=True)
+class ClassSplit:
+    """Which classes are trained on and which are held out, as indices into the classes that were split.
+
+    Attributes:
+        way: the ways that the validation classes allow, at most what was asked for.
+        optimistic: there were too few classes to hold any out; validation repeats the base classes, and every
+            figure made on it flatters.
+        notes: sentences for people, empty when everything was as asked.
+    """
+
+    base: tuple[int, ...]
+    validation: tuple[int, ...]
+    way: int = 0
+    optimistic: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EpisodePlan:
+    """The episode that the photos allow: `query` may have shrunk; `left_out` names the classes that are too small."""
+
+    way: int
+    shot: int
+    query: int
+    left_out: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.way
+
+    @property
+    def photos(self) -> int:
+        """Photos of one episode, support and query together."""
+        return self.way * (self.shot + self.query)
+
+
+def from_folder(root: str | Path, level: str | int = "leaf") -> LabelledImages:
+    """Every photo under a folder of class folders, nested or not; identical files form a group.
+
+    Args:
+        root: stray files beside the class folders, hidden files and files without a photo's suffix are passed over.
+        level: which folders are the classes: "leaf" (the folder that holds the photo), "top", or a depth from 1.
+
+    Raises:
+        DataError: no folder, or no photo in a class folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder")
+    depth = _depth(level)
+    found = [(path, _class_of(path.relative_to(root), depth)) for path in _photos(root)]
+    found = [(path, name) for path, name in found if name]
+    if not found:
+        raise DataError(f"{root} holds no photos in class folders: put the photos of each class in a folder of its own")
+    classes = tuple(sorted({name for _, name in found}))
+    index = {name: number for number, name in enumerate(classes)}
+    paths = [path for path, _ in found]
+    labels = np.array([index[name] for _, name in found], dtype=np.int64)
+    return LabelledImages(classes, labels, tuple(map(str, paths)), _identical_files(paths))
+
+
+def split_classes(counts: Mapping[str, int] | Sequence[object], *, share: float, way: int, seed: int) -> ClassSplit:
+    """Hold out classes for validation, at random but the same for the same seed.
+
+    Validation gets `share` of the classes and at least `way`; base keeps at least `way`. With fewer than 2 x `way`
+    classes base keeps `way` and validation is evaluated with fewer ways; where not even two classes are left over,
+    validation repeats the base classes and the split calls itself optimistic.
+
+    Args:
+        counts: the classes, by position; their sizes are not looked at. Nested classes are split leaf by leaf.
+        share: of the classes, above 0 and at most 0.5.
+
+    Raises:
+        DataError: fewer classes than `way`.
+    """
+    if not 0 < share <= 0.5:
+        raise ConfigError(f"validation share is {share}: use a number above 0, up to 0.5")
+    n = len(counts)
+    if n < way:
+        raise DataError(f"{way}-way needs {way} classes; this collection has {n}")
+    order = list(range(n))
+    random.Random(seed).shuffle(order)  # noqa: S311 -- a split to be repeated, not a secret
+    if n - way < 2:
+        note = (
+            f"{n} classes are too few to hold any out of {way}-way training, so the figures come from the classes "
+            f"trained on and are optimistic; {2 * way} classes allow an honest estimate."
+        )
+        everything = tuple(range(n))
+        return ClassSplit(everything, everything, way, optimistic=True, notes=(note,))
+    held = min(max(way, round(share * n)), n - way)
+    notes: tuple[str, ...] = ()
+    if held < way:
+        notes = (
+            f"{n} classes leave {held} to hold out, so validation is {held}-way (chance {100 / held:.0f} %) while "
+            f"training is {way}-way; {2 * way} classes allow {way}-way validation.",
+        )
+    return ClassSplit(tuple(sorted(order[held:])), tuple(sorted(order[:held])), min(held, way), notes=notes)
+
+
+def check_episode(counts: Mapping[str, int], episode: EpisodeConfig) -> EpisodePlan:
+    """What episodes these classes allow: who is left out, and how many query images are left for each class.
+
+    Args:
+        counts: class name -> photos (groups, where there are any).
+
+    Raises:
+        DataError: fewer than N classes have the K + 1 photos that an episode takes at least.
+    """
+    least = episode.shot + 1
+    left_out = tuple((name, count) for name, count in counts.items() if count < least)
+    kept = {name: count for name, count in counts.items() if count >= least}
+    if len(kept) < episode.way:
+        raise DataError(
+            f"{episode.way}-way needs {episode.way} classes with at least {least} photos; "
+            f"this collection has {len(kept)}"
+        )
+    smallest = min(kept, key=lambda name: kept[name])
+    query = min(episode.query, kept[smallest] - episode.shot)
+    notes = []
+    if left_out:
+        named = ", ".join(f"{name} ({count})" for name, count in left_out[:5])
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        notes.append(f"Left out, with fewer than {least} photos: {named}{more}.")
+    if query < episode.query:
+        notes.append(
+            f"Query images a class are {query} instead of {episode.query}: {smallest} has {kept[smallest]} photos, "
+            f"of which {episode.shot} are support."
+        )
+    return EpisodePlan(episode.way, episode.shot, query, left_out, tuple(notes))
+
+
+def count_photos(
+    classes: Sequence[str], labels: NDArray[np.int64], groups: NDArray[np.int64] | None = None
+) -> dict[str, int]:
+    """Class name -> photos an episode can tell apart; a group counts once, and only in the class that keeps it."""
+    if groups is not None:
+        kept = one_class_per_group(labels, groups)
+        pairs = np.unique(np.stack([labels[kept], groups[kept]]), axis=1)
+        labels = pairs[0]
+    sizes = np.bincount(labels, minlength=len(classes))
+    return {name: int(size) for name, size in zip(classes, sizes, strict=True)}
+
+
+def one_class_per_group(labels: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which photos stay so that no group has photos of two classes: a group stays where most of it is.
+
+    A tie goes to the class with the lower index. After this a split by class cannot tear a group.
+
+    Returns:
+        (n,) bool.
+    """
+    pairs, inverse, sizes = np.unique(np.stack([groups, labels]), axis=1, return_inverse=True, return_counts=True)
+    order = np.lexsort((pairs[1], -sizes, pairs[0]))  # by group, then largest, then lowest class
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = pairs[0][order][1:] != pairs[0][order][:-1]
+    winners = np.zeros(len(order), dtype=bool)
+    winners[order[first]] = True
+    kept: NDArray[np.bool_] = winners[inverse.reshape(-1)]
+    return kept
+
+
+def check_labels(classes: Sequence[str], labels: NDArray[np.int64], groups: NDArray[np.int64] | None) -> None:
+    """Raise ConfigError unless labels are indices into unique class names and every photo has its group."""
+    if len(set(classes)) != len(classes):
+        raise ConfigError(f"{len(classes)} class names, {len(set(classes))} of them different: names are unique")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ConfigError(f"labels are {labels.dtype} of shape {labels.shape}: they are integers of shape (n,)")
+    if labels.size and (labels.min() < 0 or labels.max() >= len(classes)):
+        raise ConfigError(f"labels run from {labels.min()} to {labels.max()}: there are {len(classes)} classes")
+    if groups is not None and groups.shape != labels.shape:
+        raise ConfigError(f"{len(groups)} groups for {len(labels)} labels: each photo has one group")
+
+
+def _depth(level: str | int) -> int | None:
+    if level in ("leaf", "top"):
+        return None if level == "leaf" else 1
+    if re.fullmatch(r"[1-9]\d?", str(level)):
+        return int(level)
+    raise ConfigError(f"level is {level!r}: it is leaf, top, or a depth from 1")
+
+
+def _class_of(path: Path, depth: int | None) -> str:
+    return "/".join(path.parts[:-1][:depth])
+
+
+def _photos(root: Path) -> list[Path]:
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        for name in sorted(names):
+            if not name.startswith(".") and Path(name).suffix.lower() in PHOTO_SUFFIXES:
+                found.append(Path(folder, name))
+    return found
+
+
+def _identical_files(paths: Sequence[Path]) -> NDArray[np.int64]:
+    """(n,) group numbers; files of equal content share one. Only files of equal size are read."""
+    by_size: dict[int, list[int]] = {}
+    for index, path in enumerate(paths):
+        by_size.setdefault(path.stat().st_size, []).append(index)
+    groups = np.arange(len(paths), dtype=np.int64)
+    for same_size in by_size.values():
+        seen: dict[str, int] = {}
+        for index in same_size if len(same_size) > 1 else ():
+            digest = hashlib.sha256(paths[index].read_bytes()).hexdigest()
+            groups[index] = seen.setdefault(digest, index)
+    return groups
