@@ -1,0 +1,74 @@
+# `make run` and `make test` need Python 3.11 to 3.14 and nothing else; the rest is installed into .venv by the lock files.
+# Settings come from the environment or stand behind the target: make run PORT=8001 DATA_DIR=/srv/fewshot
+
+FOUND := $(foreach name,python3 python python3.14 python3.13 python3.12 python3.11,$(shell command -v $(name) 2>/dev/null))
+PYTHON ?= $(firstword $(FOUND))
+VENV := .venv/bin
+RUN_ENV := $(if $(PYTHON),$(PYTHON),python3) bootstrap.py run
+DEV_ENV := $(if $(PYTHON),$(PYTHON),python3) bootstrap.py dev
+COMPILE := uv pip compile --quiet --universal --generate-hashes --python-version 3.11 pyproject.toml
+
+.PHONY: help run manage test test-fast test-reliability bench check fmt lock clean
+
+help:
+	@echo "make run               set up what is missing, start everything, print the address (PORT, HOST, DATA_DIR)"
+	@echo "make manage ARGS=…     manage.py with the settings of make run (ARGS=createsuperuser)"
+	@echo "make test              every test, browser journeys included; test-fast leaves those out"
+	@echo "make test-reliability  break things on purpose"
+	@echo "make bench             figures against budgets"
+	@echo "make check             formatting, lint, types, import arrows, missing migrations; make fmt mends the first two"
+	@echo "make lock              resolve requirements/*.txt and package-lock.json again"
+	@echo "make clean             remove what can be built again (not .venv, not data)"
+
+run:
+	@$(RUN_ENV)
+	@exec $(VENV)/python -m webapp.run
+
+manage:
+	@$(RUN_ENV)
+	@exec $(VENV)/python -m webapp.run manage $(ARGS)
+
+test:
+	@$(DEV_ENV)
+	@$(VENV)/python -m webapp.run browser
+	$(VENV)/python -m pytest -m "not reliability and not bench" $(ARGS)
+
+test-fast:
+	@$(DEV_ENV)
+	$(VENV)/python -m pytest -m "not e2e and not reliability and not bench" $(ARGS)
+
+test-reliability:
+	@$(DEV_ENV)
+	$(VENV)/python -m pytest -m reliability -s $(ARGS)
+
+bench:
+	@$(DEV_ENV)
+	$(VENV)/python -m tests.bench $(ARGS)
+
+check:
+	@$(DEV_ENV)
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy bootstrap.py webapp worker fewshot_engine
+	$(VENV)/lint-imports
+	$(VENV)/python -m webapp.run manage makemigrations --check --dry-run
+
+fmt:
+	@$(DEV_ENV)
+	$(VENV)/ruff check --fix .
+	$(VENV)/ruff format .
+
+# dev first: the others take its versions, so that one environment serves all of them.
+lock:
+	@$(DEV_ENV)
+	$(VENV)/$(COMPILE) --extra web --extra engine --extra dev -o requirements/dev.txt
+	$(VENV)/$(COMPILE) --extra web --extra engine -c requirements/dev.txt -o requirements/run.txt
+	$(VENV)/$(COMPILE) --extra web -c requirements/dev.txt -o requirements/web.txt
+	$(VENV)/$(COMPILE) --extra engine -c requirements/dev.txt -o requirements/engine.txt
+	$(VENV)/$(COMPILE) --extra uv -o requirements/uv.txt
+	$(VENV)/$(COMPILE) --extra node -o requirements/node.txt
+	npm install --package-lock-only
+
+clean:
+	rm -rf build node_modules static/vendor staticfiles test-results .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find bootstrap.py webapp worker fewshot_engine tests -name __pycache__ -type d -prune -exec rm -rf {} +
