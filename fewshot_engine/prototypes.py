@@ -1,0 +1,82 @@
+"""Prototypes and distances: what a prototypical network (Snell et al. 2017) does once the embeddings are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fewshot_engine.errors import EmptyClassError
+
+FloatArray = npt.NDArray[np.floating[Any]]
+IntArray = npt.NDArray[np.integer[Any]]
+
+
+def compute_prototypes(embeddings: FloatArray, labels: IntArray, n_way: int) -> FloatArray:
+    """Mean embedding of each class (Snell et al. 2017, eq. 1).
+
+    Args:
+        embeddings: (n_support, dim), any float type.
+        labels: (n_support,), integers in [0, n_way).
+
+    Returns:
+        (n_way, dim), of the embeddings' type; row k is the prototype of class k.
+
+    Raises:
+        EmptyClassError: a class has no support example.
+        ValueError: the shapes do not fit, or a label is out of range.
+    """
+    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
+        raise ValueError(f"embeddings {embeddings.shape} and labels {labels.shape} do not belong together")
+    if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < n_way:
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()}: they must lie in 0 to {n_way - 1}")
+    counts = np.bincount(labels, minlength=n_way)
+    if (counts == 0).any():
+        missing = int(np.flatnonzero(counts == 0)[0])
+        raise EmptyClassError(f"label {missing} of {n_way} has no example, so it has no prototype")
+    members = one_hot(labels, n_way, embeddings.dtype)  # (n_support, n_way)
+    return (members.T @ embeddings) / counts[:, None].astype(embeddings.dtype)
+
+
+def one_hot(labels: IntArray, n_way: int, dtype: npt.DTypeLike = np.float32) -> FloatArray:
+    """(n,) -> (n, n_way), a single 1 a row."""
+    members: FloatArray = np.zeros((len(labels), n_way), dtype=dtype)
+    members[np.arange(len(labels)), labels] = 1
+    return members
+
+
+def l2_normalise(vectors: FloatArray) -> FloatArray:
+    """Each row divided by its Euclidean length; a row of zeros stays one, so that no NaN spreads from it."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(lengths > 1e-12, lengths, 1).astype(vectors.dtype)
+
+
+def squared_euclidean(a: FloatArray, b: FloatArray) -> FloatArray:
+    """Squared Euclidean distances, the Bregman divergence of Snell et al. 2017, section 2.3.
+
+    Args:
+        a: (n, dim).
+        b: (m, dim).
+
+    Returns:
+        (n, m), never negative. By |a|² − 2ab + |b|²: exact to float precision of the squared lengths.
+    """
+    distances = (a * a).sum(1)[:, None] - 2 * (a @ b.T) + (b * b).sum(1)[None, :]
+    return np.maximum(distances, 0)
+
+
+def cosine_similarity(a: FloatArray, b: FloatArray) -> FloatArray:
+    """Cosines of the angles between rows (Vinyals et al. 2016); (n, dim), (m, dim) -> (n, m), within [-1, 1].
+
+    A row of zeros has similarity 0 to everything.
+    """
+    return np.clip(l2_normalise(a) @ l2_normalise(b).T, -1, 1)
+
+
+def cosine_prototypes(embeddings: FloatArray, labels: IntArray, n_way: int) -> FloatArray:
+    """Prototypes for the cosine classifier: the mean of L2-normalised embeddings, normalised again; (n_way, dim).
+
+    Raises: as `compute_prototypes`.
+    """
+    return l2_normalise(compute_prototypes(l2_normalise(embeddings), labels, n_way))
