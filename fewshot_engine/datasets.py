@@ -10,13 +10,13 @@ import os
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fewshot_engine.config import EpisodeConfig
+from fewshot_engine.config import EpisodeConfig, TrainConfig
 from fewshot_engine.errors import ConfigError, DataError
 
 PHOTO_SUFFIXES = frozenset(
@@ -150,6 +150,19 @@ def split_classes(counts: Mapping[str, int] | Sequence[object], *, share: float,
             f"training is {way}-way; {2 * way} classes allow {way}-way validation.",
         )
     return ClassSplit(tuple(sorted(order[held:])), tuple(sorted(order[:held])), min(held, way), notes=notes)
+
+
+def split_for(counts: Mapping[str, int], config: TrainConfig) -> ClassSplit:
+    """The split that a run needs: of the classes large enough for its episodes, as indices into all of `counts`.
+
+    Raises:
+        DataError: as `check_episode` does.
+    """
+    left_out = {name for name, _ in check_episode(counts, config.episode).left_out}
+    usable = [index for index, name in enumerate(counts) if name not in left_out]
+    split = split_classes(usable, share=config.validation_share, way=config.episode.way, seed=config.seed)
+    base, validation = (tuple(usable[index] for index in part) for part in (split.base, split.validation))
+    return replace(split, base=base, validation=validation)
 
 
 def check_episode(counts: Mapping[str, int], episode: EpisodeConfig) -> EpisodePlan:
