@@ -1,0 +1,6 @@
+from django.apps import AppConfig
+
+
+class LabelsetsConfig(AppConfig):
+    name = "webapp.labelsets"
+    label = "labelsets"

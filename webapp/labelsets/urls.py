@@ -1,0 +1,6 @@
+"""Addresses of labelsets."""
+
+from django.urls import URLPattern
+
+app_name = "labelsets"
+urlpatterns: list[URLPattern] = []

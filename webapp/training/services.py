@@ -1,0 +1,146 @@
+"""Runs begin here, and here the worker brings back what they made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from django.db import transaction
+from django.db.models import Count
+from django.utils.translation import gettext as _
+
+from fewshot_engine.config import TrainConfig
+from webapp.accounts.models import User
+from webapp.jobs.models import Job
+from webapp.jobs.services import Claim, create_job, fenced, record, wake
+from webapp.library.models import Collection
+from webapp.training.models import Metric, Model, TrainingRun
+
+
+class TrainingError(Exception):
+    """A run that cannot begin; the text is meant for the person."""
+
+
+def class_sizes(collection: Collection) -> dict[int, tuple[str, int]]:
+    """Category id -> (path, photos of its own); categories that hold no photos themselves are no classes."""
+    rows = collection.categories.annotate(n=Count("photos")).filter(n__gt=0).order_by("key")
+    return {pk: (path, n) for pk, path, n in rows.values_list("pk", "path", "n")}
+
+
+def notes_for(collection: Collection, config: TrainConfig) -> list[str]:
+    """What this configuration means for this collection: who is left out, how far Q shrinks.
+
+    Raises:
+        TrainingError: the collection does not allow it, with the numbers and the way out.
+    """
+    episode = config.episode
+    sizes = class_sizes(collection)
+    least = episode.shot + 1
+    usable = {path: n for path, n in sizes.values() if n >= least}
+    if len(usable) < episode.way:
+        raise TrainingError(
+            _(
+                "%(way)d-way %(shot)d-shot needs %(way)d categories with at least %(least)d photos each; "
+                "“%(name)s” has %(have)d of %(all)d. Choose fewer ways or shots, or add photos."
+            )
+            % {
+                "way": episode.way,
+                "shot": episode.shot,
+                "least": least,
+                "name": collection.name,
+                "have": len(usable),
+                "all": len(sizes),
+            }
+        )
+    notes = []
+    small = [(path, n) for path, n in sizes.values() if n < least]
+    if small:
+        named = ", ".join(f"{path} ({n})" for path, n in small[:5]) + ("…" if len(small) > 5 else "")
+        notes.append(
+            _("%(n)d categories have fewer than %(least)d photos and are left out: %(names)s.")
+            % {"n": len(small), "least": least, "names": named}
+        )
+    smallest = min(usable.values())
+    if smallest < episode.shot + episode.query:
+        notes.append(
+            _(
+                "The smallest category has %(n)d photos, so an episode has %(q)d query images a class instead of %(asked)d."
+            )
+            % {"n": smallest, "q": smallest - episode.shot, "asked": episode.query}
+        )
+    if len(usable) < 2 * episode.way:
+        notes.append(
+            _("With %(n)d categories, too few are left to hold out %(way)d for an honest estimate; %(need)d would do.")
+            % {"n": len(usable), "way": episode.way, "need": 2 * episode.way}
+        )
+    return notes
+
+
+def start_run(
+    owner: User, collection: Collection, config: TrainConfig, *, name: str = "", key: str | None = None
+) -> TrainingRun:
+    """Freeze a configuration and wake the training queue; with a key, pressing twice gives the same run.
+
+    Raises:
+        TrainingError: the collection does not allow the configuration.
+    """
+    if key and (existing := TrainingRun.objects.filter(owner=owner, job__key=key).first()):
+        return existing
+    notes_for(collection, config)
+    name = " ".join(name.split())[:120] or collection.name
+    with transaction.atomic():
+        job = create_job(
+            owner, Job.Kind.TRAIN, queue=Job.Queue.TRAINING, title=_("Training %(name)s") % {"name": name}, key=key
+        )
+        run, is_new = TrainingRun.objects.get_or_create(
+            job=job, defaults={"owner": owner, "name": name, "collection": collection, "config": config.to_dict()}
+        )
+        if is_new:
+            Job.objects.filter(pk=job.pk).update(url=run.get_absolute_url(), total=config.total_episodes)
+            wake(job.pk)
+    return run
+
+
+def continue_run(run: TrainingRun) -> None:
+    """Go on with a run that failed or was cancelled, from its last checkpoint."""
+    wake(run.job_id)
+
+
+# What the worker brings back ----------------------------------------------------------------------
+
+
+def save_start(
+    claim: Claim, run: TrainingRun, *, plan: dict[str, Any], baseline: dict[str, Any], notes: Sequence[str]
+) -> None:
+    with fenced(claim):
+        TrainingRun.objects.filter(pk=run.pk).update(plan=plan, baseline=baseline)
+        record(claim.job_id, "started", plan=plan, baseline=baseline, notes=list(notes))
+
+
+def save_metric(
+    claim: Claim, run: TrainingRun, kind: Metric.Kind, *, episode: int, changes: dict[str, Any], event: dict[str, Any]
+) -> None:
+    """A point of the curves, once however often its episode is run, with the job's progress and its event."""
+    with fenced(claim, **changes):
+        values = {name: event[name] for name in ("epoch", "loss", "accuracy", "ci95") if name in event}
+        Metric.objects.update_or_create(run=run, kind=kind, episode=episode, defaults=values)
+        if event.get("best"):
+            best = {name: event[name] for name in ("accuracy", "ci95", "way", "shot", "query", "episodes", "episode")}
+            TrainingRun.objects.filter(pk=run.pk).update(best=best)
+        record(claim.job_id, str(kind), episode=episode, **event)
+
+
+def save_model(claim: Claim, run: TrainingRun, *, folder: str, card: dict[str, Any], event: dict[str, Any]) -> Model:
+    """Register what a finished run has made; running this again replaces it."""
+    config = run.train_config()
+    with fenced(claim):
+        kind = Model.Kind.ADAPT if config.kind == "adapt" else Model.Kind.FULL
+        model = Model.objects.filter(run=run).first() or Model(owner_id=run.owner_id, name=run.name, kind=kind)
+        model.backbone = config.backbone if config.kind == "adapt" else f"model-{run.pk}"
+        model.folder, model.card = folder, card
+        model.save()
+        TrainingRun.objects.filter(pk=run.pk).update(
+            model=model, recommends=event["recommends"], best=event["best"], baseline=event["baseline"]
+        )
+        record(claim.job_id, "finished", **event)
+    return model
