@@ -91,7 +91,7 @@ def decode(source: bytes | str | Path | BinaryIO, *, min_side: int | None = None
             raise ImageRefused("too-large", f"The picture is larger than {MAX_MEGAPIXELS} megapixels.") from error
         except UnidentifiedImageError as error:
             raise _unidentified(head) from error
-        except Exception as error:  # hostile bytes make Pillow raise nearly anything: struct.error, SyntaxError, KeyError
+        except Exception as error:  # hostile bytes make Pillow raise nearly anything: struct.error, SyntaxError…
             raise _damaged(error) from error
 
 
@@ -258,7 +258,9 @@ def _unidentified(head: bytes) -> ImageRefused:
         return ImageRefused("unsupported", "This is a video, or a picture format that is not supported.")
     if _looks_like_text(head):
         return ImageRefused("not-an-image", "This is a text file, not a photo.")
-    return ImageRefused("not-an-image", "This is not a picture of a supported format: JPEG, PNG, WebP, HEIC, TIFF, GIF, BMP.")
+    return ImageRefused(
+        "not-an-image", "This is no picture that can be read: use JPEG, PNG, WebP, HEIC, TIFF, GIF or BMP."
+    )
 
 
 def _looks_like_text(head: bytes) -> bool:

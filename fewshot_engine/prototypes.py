@@ -35,8 +35,10 @@ def compute_prototypes(embeddings: FloatArray, labels: IntArray, n_way: int) -> 
     if (counts == 0).any():
         missing = int(np.flatnonzero(counts == 0)[0])
         raise EmptyClassError(f"label {missing} of {n_way} has no example, so it has no prototype")
-    members = one_hot(labels, n_way, embeddings.dtype)  # (n_support, n_way)
-    return (members.T @ embeddings) / counts[:, None].astype(embeddings.dtype)
+    order = np.argsort(labels, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    sums = np.add.reduceat(embeddings[order], starts, axis=0)  # (n_way, dim), as no label is empty
+    return sums / counts[:, None].astype(embeddings.dtype)
 
 
 def one_hot(labels: IntArray, n_way: int, dtype: npt.DTypeLike = np.float32) -> FloatArray:
@@ -63,7 +65,8 @@ def squared_euclidean(a: FloatArray, b: FloatArray) -> FloatArray:
         (n, m), never negative. By |a|² − 2ab + |b|²: exact to float precision of the squared lengths.
     """
     distances = (a * a).sum(1)[:, None] - 2 * (a @ b.T) + (b * b).sum(1)[None, :]
-    return np.maximum(distances, 0)
+    clipped: FloatArray = np.maximum(distances, 0)
+    return clipped
 
 
 def cosine_similarity(a: FloatArray, b: FloatArray) -> FloatArray:
