@@ -6,7 +6,18 @@ PYTHON ?= $(firstword $(FOUND))
 VENV := .venv/bin
 RUN_ENV := $(if $(PYTHON),$(PYTHON),python3) bootstrap.py run
 DEV_ENV := $(if $(PYTHON),$(PYTHON),python3) bootstrap.py dev
+# The browser journeys use this Chromium; without one they are skipped, or with REQUIRE_BROWSER=1 they fail.
+ifndef CHROMIUM
+CHROMIUM := $(firstword $(foreach name,chromium chromium-browser google-chrome google-chrome-stable,$(shell command -v $(name) 2>/dev/null)) $(wildcard $(HOME)/.cache/ms-playwright/chromium-*/chrome-linux*/chrome))
+endif
+export CHROMIUM
+
+# What reads the settings without a studio that runs: type checks, missing migrations.
+STANDALONE := SECRET_KEY=only-for-checks DATA_DIR=build/check DJANGO_SETTINGS_MODULE=webapp.settings
+
 COMPILE := uv pip compile --quiet --universal --generate-hashes --python-version 3.11 pyproject.toml
+
+NO_BROWSER := echo "*** NO CHROMIUM: THE BROWSER JOURNEYS ARE SKIPPED. Install one (Debian: apt install chromium), or say where it is: make test CHROMIUM=/path ***"
 
 .PHONY: help run manage test test-fast test-reliability bench check fmt lock clean
 
@@ -30,8 +41,9 @@ manage:
 
 test:
 	@$(DEV_ENV)
-	@$(VENV)/python -m webapp.run browser
+	@$(if $(CHROMIUM),echo "Browser journeys in $(CHROMIUM)",$(NO_BROWSER))
 	$(VENV)/python -m pytest -m "not reliability and not bench" $(ARGS)
+	@$(if $(CHROMIUM),,$(NO_BROWSER))
 
 test-fast:
 	@$(DEV_ENV)
@@ -49,9 +61,10 @@ check:
 	@$(DEV_ENV)
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
-	$(VENV)/mypy bootstrap.py webapp worker fewshot_engine
+	@mkdir -p build/check
+	$(STANDALONE) $(VENV)/mypy bootstrap.py webapp worker fewshot_engine
 	$(VENV)/lint-imports
-	$(VENV)/python -m webapp.run manage makemigrations --check --dry-run
+	$(STANDALONE) $(VENV)/python manage.py makemigrations --check --dry-run
 
 fmt:
 	@$(DEV_ENV)
