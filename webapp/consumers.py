@@ -17,10 +17,12 @@ LOGGED_OUT = 4401
 
 
 class LiveConsumer(AsyncJsonWebsocketConsumer):
-    """Speaks JSON. The browser sends `{"subscribe": {job id: last number seen}}` or `{"unsubscribe": [job id]}`.
+    """Speaks JSON. The browser sends `{"subscribe": {job id: last number seen}}`, `{"unsubscribe": [job id]}` or
+    `{"refresh": [job id]}`, which asks how the active jobs and the named ones stand.
 
-    It gets `{"job": id, "events": [{"number", "type", "data", "at"}, …]}` in order and without gaps,
-    `{"summary": {…}}` whenever a job of its user changes, and `{"refused": id}` for a job that is not theirs.
+    It gets `{"subscribed": id, "after": number}` and from there `{"job": id, "events": [{"number", "type", "data",
+    "at"}, …]}` in order and without gaps, `{"summary": {…}}` whenever a job of its user changes,
+    `{"active": [summary], "asked": [summary]}` for a refresh, and `{"refused": id}` for a job that is not theirs.
     """
 
     async def connect(self) -> None:
@@ -50,19 +52,24 @@ class LiveConsumer(AsyncJsonWebsocketConsumer):
             for job_id in gone[:MAX_JOBS]:
                 if self.seen.pop(str(job_id), None) is not None:
                     await self.channel_layer.group_discard(live.job_group(job_id), self.channel_name)
+        asked = content.get("refresh")
+        if isinstance(asked, list):
+            await self.send_json(await _standing(self.scope["user"].pk, [str(job_id) for job_id in asked[:MAX_JOBS]]))
 
     async def _subscribe(self, job_id: str, last: Any) -> None:
         is_new = job_id not in self.seen
         if (
             not isinstance(last, int)
+            or not 0 <= last < 2**31
             or (is_new and len(self.seen) >= MAX_JOBS)
             or not await _owns(self.scope["user"].pk, job_id)
         ):
             await self.send_json({"refused": job_id})
             return
-        self.seen[job_id] = max(0, last)
+        self.seen[job_id] = last
         if is_new:  # join first, then replay: what happens in between comes twice and is told by its number
             await self.channel_layer.group_add(live.job_group(job_id), self.channel_name)
+        await self.send_json({"subscribed": job_id, "after": self.seen[job_id]})
         await self._replay(job_id)
 
     async def _replay(self, job_id: str) -> None:
@@ -91,10 +98,27 @@ class LiveConsumer(AsyncJsonWebsocketConsumer):
 
 @database_sync_to_async
 def _owns(user_id: Any, job_id: str) -> bool:
+    pk = _uuid(job_id)
+    return pk is not None and Job.objects.filter(pk=pk, owner_id=user_id).exists()
+
+
+@database_sync_to_async
+def _standing(user_id: Any, job_ids: list[str]) -> dict[str, Any]:
+    own = Job.objects.filter(owner_id=user_id)
+    asked = own.filter(pk__in=[pk for pk in map(_uuid, job_ids) if pk is not None]).exclude(state__in=Job.ACTIVE)
+    return {
+        "active": [job.summary() for job in own.active().order_by("created")[:MAX_JOBS]],
+        "asked": [job.summary() for job in asked],
+    }
+
+
+def _uuid(text: str) -> UUID | None:
+    """The id in the one spelling that groups are named by."""
     try:
-        return Job.objects.filter(pk=UUID(job_id), owner_id=user_id).exists()
+        pk = UUID(text)
     except ValueError:
-        return False
+        return None
+    return pk if str(pk) == text else None
 
 
 @database_sync_to_async
