@@ -136,7 +136,8 @@ def end_sessions(user: User, *, but: str | None = None) -> int:
     for session in Session.objects.filter(expire_date__gt=timezone.now()).iterator():
         if session.session_key == but or session.get_decoded().get(SESSION_KEY) != str(user.pk):
             continue
+        key = session.session_key  # deleting forgets it
         session.delete()
-        live.session_ended(session.session_key)
+        live.session_ended(key)
         ended += 1
     return ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -249,7 +250,9 @@ def reactivate(request: HttpRequest, user_id: UUID) -> HttpResponse:
 def styleguide(request: HttpRequest) -> HttpResponse:
     if not (settings.DEBUG or request.user.is_staff):
         raise Http404
-    return render(request, "styleguide.html", {"tones": range(1, 9), "steps": range(11)})
+    sprite = (settings.BASE_DIR / "static/img/icons.svg").read_text()
+    icons = re.findall(r'<symbol id="([^"]+)"', sprite)
+    return render(request, "styleguide.html", {"tones": range(1, 9), "icons": icons})
 
 
 def _user(request: HttpRequest) -> User:
@@ -266,9 +269,12 @@ def _plain(form: Any) -> Any:
     """allauth repeats each label as a placeholder; the label is enough."""
     for field in form.fields.values():
         field.widget.attrs.pop("placeholder", None)
-    for name in ("login", "password", "oldpassword"):
+    for name in ("login", "email"):
         if name in form.fields:
-            form.fields[name].help_text = ""
+            form.fields[name].label = _("E-mail")
+    for name in ("password", "oldpassword"):
+        if name in form.fields:
+            form.fields[name].help_text = ""  # a link to the reset page, which stands below the form
     return form
 
 
