@@ -251,9 +251,11 @@ def save_prototypes(claim: Claim, prototypes: PrototypeSet) -> None:
             label_set_id=prototypes.label_set_id, version__lt=prototypes.version - KEPT_REVISIONS
         ).delete()
         record(claim.job_id, "prototypes", version=prototypes.version, health=prototypes.health)
-        latest = Classification.objects.filter(label_set_id=prototypes.label_set_id).order_by("-created").first()
-        if latest is not None:
-            wake(latest.job_id)
+        batches = Classification.objects.filter(label_set_id=prototypes.label_set_id).order_by("-created")
+        latest = list(batches.values_list("job_id", flat=True)[:1])
+        unanswered = list(batches.filter(revision=0).values_list("job_id", flat=True))
+        for job_id in dict.fromkeys(latest + unanswered):
+            wake(job_id)
 
 
 def current_prototypes(label_set: LabelSet) -> PrototypeSet | None:
@@ -263,28 +265,46 @@ def current_prototypes(label_set: LabelSet) -> PrototypeSet | None:
     ).first()
 
 
-def save_predictions(
-    claim: Claim, classification: Classification, predictions: Sequence[Prediction], *, done: int, total: int
-) -> None:
-    """Add predictions of the revision under way, and tell the page how far it is."""
-    with fenced(claim, done=done, total=total):
-        Prediction.objects.bulk_create(predictions, ignore_conflicts=True)
-        record(claim.job_id, "predictions", done=done, total=total, revision=classification.revision)
-
-
-def begin_revision(claim: Claim, classification: Classification, prototypes: PrototypeSet) -> list[QueryImage]:
-    """The query images that the given prototypes have not answered yet; a new revision where they are new."""
+def open_queries(
+    claim: Claim, classification: Classification, prototypes: PrototypeSet
+) -> tuple[bool, list[QueryImage]]:
+    """What is to be answered, and whether that is a re-sorting: every query image anew, for the prototypes are."""
     with fenced(claim):
         if classification.source == Classification.Source.COLLECTION:
             _adopt_photos(classification)
-        if classification.prototypes_id != prototypes.pk:
-            classification.prototypes = prototypes
-            classification.revision += 1
+        if classification.revision == 0:
+            classification.revision, classification.prototypes = 1, prototypes
             classification.save(update_fields=["prototypes", "revision"])
-            old = classification.revision - KEPT_REVISIONS
-            Prediction.objects.filter(query__classification=classification, revision__lte=old).delete()
-        open_queries = classification.query_images.exclude(predictions__revision=classification.revision)
-        return list(open_queries.select_related("photo").order_by("id"))
+        queries = classification.query_images.select_related("photo__blob").order_by("id")
+        is_resort = classification.prototypes_id != prototypes.pk
+        if not is_resort:
+            queries = queries.exclude(predictions__revision=classification.revision)
+        return is_resort, list(queries)
+
+
+def save_predictions(
+    claim: Claim, classification: Classification, predictions: Sequence[Prediction], *, done: int, total: int
+) -> None:
+    """Add predictions to the current revision, and tell the page how far it is."""
+    with fenced(claim, done=done, total=total):
+        for prediction in predictions:
+            prediction.revision = classification.revision
+        Prediction.objects.bulk_create(predictions, batch_size=200, ignore_conflicts=True)
+        record(claim.job_id, "predictions", done=done, total=total, revision=classification.revision)
+
+
+def save_resorted(
+    claim: Claim, classification: Classification, prototypes: PrototypeSet, predictions: Sequence[Prediction]
+) -> None:
+    """Put a whole new revision in the place of the last one, at once; a few old ones are kept."""
+    n = len(predictions)
+    with fenced(claim, done=n, total=n):
+        classification.prototypes = prototypes
+        classification.revision += 1
+        classification.save(update_fields=["prototypes", "revision"])
+        save_predictions(claim, classification, predictions, done=n, total=n)
+        old = classification.revision - KEPT_REVISIONS
+        Prediction.objects.filter(query__classification=classification, revision__lte=old).delete()
 
 
 def _adopt_photos(classification: Classification) -> None:

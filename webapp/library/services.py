@@ -27,7 +27,9 @@ from webapp.jobs.services import Claim, create_job, fenced, record, wake
 from webapp.library.models import Blob, Category, Collection, Import, ImportFile, Photo
 from webapp.library.storage import Received, receive
 
-PHOTO_ENDINGS = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff heic heif avif".split())
+PHOTO_ENDINGS = frozenset(
+    ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif", "avif")
+)
 MAX_DEPTH = 8
 MAX_MANIFEST = 1000
 

@@ -79,6 +79,7 @@ class TrainingRun(models.Model):
     plan = models.JSONField(
         default=dict, help_text="the class split and what was shrunk or left out, frozen at the start"
     )
+    checkpoint = models.CharField(max_length=100, blank=True, help_text="the file in its folder to go on from")
     baseline = models.JSONField(null=True)
     best = models.JSONField(null=True)
     recommends = models.CharField(max_length=16, blank=True)

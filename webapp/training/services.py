@@ -63,9 +63,7 @@ def notes_for(collection: Collection, config: TrainConfig) -> list[str]:
     smallest = min(usable.values())
     if smallest < episode.shot + episode.query:
         notes.append(
-            _(
-                "The smallest category has %(n)d photos, so an episode has %(q)d query images a class instead of %(asked)d."
-            )
+            _("The smallest category has %(n)d photos, so an episode has %(q)d query images a class, not %(asked)d.")
             % {"n": smallest, "q": smallest - episode.shot, "asked": episode.query}
         )
     if len(usable) < 2 * episode.way:
@@ -110,11 +108,28 @@ def continue_run(run: TrainingRun) -> None:
 
 
 def save_start(
-    claim: Claim, run: TrainingRun, *, plan: dict[str, Any], baseline: dict[str, Any], notes: Sequence[str]
+    claim: Claim,
+    run: TrainingRun,
+    *,
+    plan: dict[str, Any],
+    baseline: dict[str, Any],
+    notes: Sequence[str],
+    resumed_at: int,
 ) -> None:
-    with fenced(claim):
+    """What a run begins with, or goes on with: points after the checkpoint are drawn anew."""
+    with fenced(claim, done=resumed_at):
         TrainingRun.objects.filter(pk=run.pk).update(plan=plan, baseline=baseline)
-        record(claim.job_id, "started", plan=plan, baseline=baseline, notes=list(notes))
+        run.metrics.filter(episode__gt=resumed_at).delete()
+        record(claim.job_id, "started", plan=plan, baseline=baseline, notes=list(notes), resumed_at=resumed_at)
+
+
+def save_checkpoint(claim: Claim, run: TrainingRun, name: str, *, episode: int) -> list[str]:
+    """Make a checkpoint of this attempt the one that counts; returns the names of those that do no longer."""
+    with fenced(claim):
+        before = TrainingRun.objects.values_list("checkpoint", flat=True).get(pk=run.pk)
+        TrainingRun.objects.filter(pk=run.pk).update(checkpoint=name)
+        record(claim.job_id, "saved", episode=episode)
+    return [before] if before and before != name else []
 
 
 def save_metric(

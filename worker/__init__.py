@@ -1,0 +1,1 @@
+"""The bridge: it takes jobs from the site's database, asks the engine, and writes the answers back."""

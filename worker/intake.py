@@ -1,0 +1,177 @@
+"""From stored bytes to photos with embeddings: decode safely, derive copies, embed in batches, write at once.
+
+Decoding runs in threads (Pillow lets go of the interpreter) while the batch before goes through the encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC
+from uuid import UUID
+
+import numpy as np
+from django.core.files.base import ContentFile
+from django.core.files.storage import default_storage
+from django.utils.translation import gettext as _
+from numpy.typing import NDArray
+
+from fewshot_engine import images
+from fewshot_engine.config import DEFAULT_ENCODER
+from fewshot_engine.encoder import Encoder, preprocess
+from fewshot_engine.errors import ImageRefused
+from webapp.jobs.models import Job
+from webapp.jobs.services import Claim, fenced, finish, report
+from webapp.labelsets.models import Intake
+from webapp.labelsets.services import photos_ready
+from webapp.library.models import Blob, Import, ImportFile
+from webapp.library.services import Outcome, finish_import, place_photos
+from worker import archives, runtime, vectors
+from worker.leases import Lease
+
+CHUNK = 32
+DECODED_SIDE = 1200  # px on the shorter side: enough for the working copy, and a large JPEG is decoded at a fraction
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What decoding one file gave: its outcome, and the square that each encoder wants of it."""
+
+    outcome: Outcome
+    pixels: dict[str, Pixels]
+
+
+def run(lease: Lease) -> None:
+    """Take in all that an import has; a standing job until the import is closed."""
+    batch = Import.objects.select_related("collection", "job").get(job_id=lease.claim.job_id)
+    encoders = {name: runtime.encoder(name) for name in _backbones(batch)}
+    with ThreadPoolExecutor(max_workers=runtime.CORES, thread_name_prefix="decode") as pool:
+        if batch.state == Import.State.CLOSED and batch.archive_chunks:
+            for _more in archives.take_in(lease, batch):
+                _process_stored(lease, batch, encoders, pool)
+        while batch.files.filter(state=ImportFile.State.STORED).exists():
+            _process_stored(lease, batch, encoders, pool)
+    _end(lease.claim, batch)
+
+
+def embed_missing(claim: Claim, blobs: Sequence[Blob], backbone: str) -> None:
+    """Embed those blobs that have no vector under the backbone yet (another model came, or a new one was trained)."""
+    wanted = set(vectors.missing(backbone, [blob.pk for blob in blobs]))
+    todo = [blob for blob in {blob.pk: blob for blob in blobs}.values() if blob.pk in wanted]
+    if not todo:
+        return
+    encoder = runtime.encoder(backbone)
+    with ThreadPoolExecutor(max_workers=runtime.CORES, thread_name_prefix="decode") as pool:
+        for start in range(0, len(todo), CHUNK):
+            chunk = todo[start : start + CHUNK]
+            pixels = list(pool.map(lambda blob: _square(blob, encoder), chunk))
+            written = vectors.write(backbone, [blob.pk for blob in chunk], encoder.encode(np.stack(pixels)))
+            with fenced(claim):
+                vectors.enter(written)
+            done = start + len(chunk)
+            report(
+                claim,
+                "preparing",
+                changes={"message": _("Looking at the photos: %(n)d of %(all)d") % {"n": done, "all": len(todo)}},
+                done=done,
+                total=len(todo),
+            )
+
+
+def _backbones(batch: Import) -> list[str]:
+    """The default one, and that of the label set for which the photos were dropped."""
+    names = [DEFAULT_ENCODER]
+    intake = Intake.objects.filter(batch=batch).select_related("label_set__model").first()
+    if intake is not None:
+        names.append(intake.label_set.model.backbone)
+    return list(dict.fromkeys(names))
+
+
+def _process_stored(lease: Lease, batch: Import, encoders: dict[str, Encoder], pool: ThreadPoolExecutor) -> None:
+    for looked in _looked_at(batch, encoders, pool):
+        if lease.is_lost:
+            return
+        outcomes = [item.outcome for item in looked]
+        written = [
+            vectors.write(name, ids, encoder.encode(np.stack(pixels)))
+            for name, encoder in encoders.items()
+            for ids, pixels in [_new_pixels(looked, name)]
+            if ids
+        ]
+        with fenced(lease.claim):
+            for part in written:
+                vectors.enter(part)
+            photos = place_photos(lease.claim, batch, outcomes)
+            photos_ready(batch, photos, is_last=False)
+
+
+def _looked_at(batch: Import, encoders: dict[str, Encoder], pool: ThreadPoolExecutor) -> Iterator[list[Looked]]:
+    """The stored files chunk by chunk; the next chunk is being decoded while the caller works on this one."""
+    after = 0
+    ahead: list[Future[Looked]] = []
+    while True:
+        files = list(
+            batch.files.filter(state=ImportFile.State.STORED, pk__gt=after)
+            .select_related("blob")
+            .order_by("pk")[:CHUNK]
+        )
+        wanted = {
+            name: set(vectors.missing(name, [file.blob_id for file in files if file.blob_id])) for name in encoders
+        }
+        futures = [pool.submit(_look, file, encoders, wanted) for file in files]
+        if ahead:
+            yield [future.result() for future in ahead]
+        if not files:
+            return
+        ahead, after = futures, files[-1].pk
+
+
+def _look(file: ImportFile, encoders: dict[str, Encoder], wanted: dict[str, set[UUID]]) -> Looked:
+    """Decode one stored file, keep its copies, cut the squares that encoders still want of it."""
+    blob = file.blob
+    if blob is None:
+        return Looked(Outcome(file, refusal=_("Its bytes are gone; send it again.")), {})
+    open_names = [name for name, blobs in wanted.items() if blob.pk in blobs]
+    if blob.state == Blob.State.READY and not open_names:
+        return Looked(Outcome(file), {})
+    try:
+        decoded = images.decode(default_storage.path(blob.original_name), min_side=DECODED_SIDE)
+    except ImageRefused as refusal:
+        return Looked(Outcome(file, refusal=str(refusal)), {})
+    if blob.state == Blob.State.STORED:
+        copies = images.derivatives(decoded.rgb)
+        default_storage.save(blob.thumbnail_name, ContentFile(copies.thumbnail))
+        default_storage.save(blob.working_name, ContentFile(copies.working))
+    captured_at = decoded.captured_at.replace(tzinfo=UTC) if decoded.captured_at else None
+    outcome = Outcome(file, "", decoded.format, decoded.width, decoded.height, decoded.notes, captured_at)
+    return Looked(outcome, {name: preprocess(decoded.rgb, encoders[name].image_size) for name in open_names})
+
+
+def _square(blob: Blob, encoder: Encoder) -> Pixels:
+    decoded = images.decode(default_storage.path(blob.original_name), min_side=DECODED_SIDE)
+    return preprocess(decoded.rgb, encoder.image_size)
+
+
+def _new_pixels(looked: Sequence[Looked], backbone: str) -> tuple[list[UUID], list[Pixels]]:
+    """Blob ids and squares, each blob once, of what was decoded for a backbone."""
+    found = {item.outcome.file.blob_id: item.pixels[backbone] for item in looked if backbone in item.pixels}
+    return [pk for pk in found if pk], [square for pk, square in found.items() if pk]
+
+
+def _end(claim: Claim, batch: Import) -> None:
+    batch.refresh_from_db(fields=["state"])
+    if batch.state == Import.State.OPEN or batch.files.filter(state=ImportFile.State.STORED).exists():
+        finish(claim, Job.State.IDLE)
+        return
+    with fenced(claim):
+        final = finish_import(claim, batch)
+        photos_ready(batch, [], is_last=True)
+    archives.discard(batch)
+    counts = final["counts"]
+    message = (
+        _("%(accepted)d accepted, %(duplicate)d already there, %(refused)d refused, %(skipped)d left out") % counts
+    )
+    finish(claim, Job.State.SUCCEEDED, message=message)

@@ -1,0 +1,50 @@
+"""What this process has loaded: encoders and recipes, each once."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from django.conf import settings
+from django.core.files.storage import default_storage
+from numpy.typing import NDArray
+
+from fewshot_engine.config import DEFAULT_ENCODER
+from fewshot_engine.encoder import Encoder, load_encoder
+from fewshot_engine.recipes import Recipe, load_recipe
+from webapp.training.models import Model
+
+Vectors = NDArray[np.float32]
+CORES = os.cpu_count() or 1
+
+
+@lru_cache(maxsize=4)
+def encoder(backbone: str) -> Encoder:
+    """The encoder of a backbone's name: a built-in one, or `model-…` of a run that trained its own.
+
+    Raises:
+        Model.DoesNotExist: no such model any more.
+        EngineError: its weights are not to be read.
+    """
+    source = backbone
+    if backbone.startswith("model-"):
+        source = default_storage.path(Model.objects.get(backbone=backbone, kind=Model.Kind.FULL).folder)
+    return load_encoder(source, cache_dir=Path(settings.DATA_DIR) / "encoders")
+
+
+@lru_cache(maxsize=8)
+def _recipe(folder: str) -> Recipe:
+    return load_recipe(Path(default_storage.path(folder)))
+
+
+def as_seen_by(model: Model, vectors: Vectors) -> Vectors:
+    """Embeddings of the model's backbone -> embeddings of the model; (n, dim) both."""
+    return _recipe(model.folder).apply(vectors) if model.kind == Model.Kind.ADAPT else vectors
+
+
+def warm_up() -> None:
+    """Load the default encoder and push one picture through it."""
+    loaded = encoder(DEFAULT_ENCODER)
+    loaded.encode(np.zeros((1, loaded.image_size, loaded.image_size, 3), dtype=np.uint8))
