@@ -46,7 +46,8 @@ class Recipe:
         if embeddings.ndim != 2 or embeddings.shape[1] != len(self.centre):
             backbone = self.card.get("backbone")
             raise CheckpointError(f"embeddings are {embeddings.shape}; {backbone} gives (n, {len(self.centre)})")
-        return _unit((_unit(embeddings.astype(np.float32, copy=False)) - self.centre) @ self.map)
+        unit = _unit(np.asarray(embeddings, dtype=np.float32))
+        return _unit((unit - self.centre) @ self.map)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -103,5 +104,5 @@ def save_model(path: Path, tensors: Mapping[str, NDArray[Any]], card: Mapping[st
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows of length 1; a row of zeros stays as it is."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit: NDArray[np.float32] = rows / np.maximum(lengths, 1e-12)
+    unit: NDArray[np.float32] = rows / np.maximum(lengths, np.float32(1e-12))
     return unit

@@ -43,7 +43,8 @@ Pixels = NDArray[np.uint8] | Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 CHECKPOINT_EVERY_S = 60.0
 REPORT_EVERY_S = 0.25
 SHRINKAGE = 3.0  # of the within-class scatter, in units of its mean eigenvalue (measured on grocery)
-RANK = 64  # of the map that the episodes learn on top of the closed form
+RANK = 32
+TABLE_PHOTOS = 6000  # up to this many, *adapt* keeps the products of all pairs: 144 MB at most
 FIRST_SCALE = 10.0  # of the cosines before the softmax; learned from there
 EVALUATION_PHOTOS = 100  # a class at most: more photos of a class cost time and hardly narrow the interval
 EVALUATION_SEED = 1_000_003  # keeps the episodes of evaluation apart from those of training
@@ -219,8 +220,8 @@ class _Learner(Protocol):
     starts_trained: bool  # worth an evaluation before the first episode
 
     def parameters(self) -> list[Tensor]: ...
-    def embed(self, photos: Tensor) -> Tensor:
-        """(m,) -> (m, dim), L2-normalised, with gradient, augmented."""
+    def cosines(self, photos: Tensor) -> Tensor:
+        """(b, p) -> (b, p, p): between the photos of an episode, augmented, with gradient."""
         ...
 
     def embed_frozen(self, photos: Tensor) -> Tensor:
@@ -260,10 +261,10 @@ class _Run:
         self.learner: _Learner = make(config, data, base, self.validation.photos, device)
         self.log_scale = torch.tensor(math.log(FIRST_SCALE), device=device, requires_grad=True)
         self.parameters = [*self.learner.parameters(), self.log_scale]
-        self.optimiser = _optimiser(config, self.parameters[:-1], self.log_scale)
+        self.optimiser = _AdamW(config, self.parameters)
         self.episode = 0
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, accuracy, episodes: since last reported
-        self.since_evaluation = torch.zeros(2, dtype=torch.float64, device=device)  # loss, episodes
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, accuracy, episodes: since the last Step
+        self.since_evaluation = torch.zeros_like(self.sums)
         self.best: Score | None = None
         self.best_at = 0
         self.best_accuracies: NDArray[np.float64] = np.zeros(0)
@@ -298,20 +299,12 @@ class _Run:
         config = self.config
         left = config.episodes_per_epoch - self.episode % config.episodes_per_epoch
         count = min(config.episodes_per_step, left)
-        share = _cosine(self.episode / config.total_episodes)
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["first_lr"] * share
-        photos = self.sampler.sample(count).indices()  # (b, way, shot + query)
-        embeddings = self.learner.embed(photos.flatten()).unflatten(0, photos.shape)
-        loss, accuracy = prototypical_loss(embeddings, shot=self.plan.shot, scale=self.log_scale.exp())
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimiser.step()
-        with torch.no_grad():
-            self.sums += torch.stack(
-                [loss.double() * count, accuracy.double() * count, loss.new_tensor(count).double()]
-            )
-            self.since_evaluation += torch.stack([loss.double() * count, loss.new_tensor(count).double()])
+        loss, accuracy = self._loss(count)
+        gradients = torch.autograd.grad(loss, self.parameters)
+        self.optimiser.step(gradients, _cosine(self.episode / config.total_episodes))
+        means = torch.stack([loss.detach(), accuracy, torch.ones_like(accuracy)]).double()
+        self.sums += means * count
+        self.since_evaluation += means * count
         self.episode += count
 
     def evaluate(self) -> Evaluated:
@@ -322,7 +315,7 @@ class _Run:
         if is_best:
             self.best, self.best_at, self.best_accuracies = score, self.episode, accuracies
             self.best_state = self.learner.state()
-        loss_sum, count = self.since_evaluation.tolist()
+        loss_sum, _, count = self.since_evaluation.tolist()
         self.since_evaluation.zero_()
         loss = loss_sum / count if count else self._dry_loss()
         return Evaluated(self.epoch, self.episode, loss, score, is_best)
@@ -339,7 +332,7 @@ class _Run:
             "best_accuracies": torch.from_numpy(self.best_accuracies),
             **{f"learner.{name}": tensor for name, tensor in self.learner.state().items()},
             **{f"best.{name}": tensor for name, tensor in self.best_state.items()},
-            **_optimiser_tensors(self.optimiser),
+            **self.optimiser.state(),
         }
         meta = {
             **self._description(),
@@ -358,7 +351,7 @@ class _Run:
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
             self.learner.restore(_below("learner.", tensors))
             self.best_state = {name: tensor.to(self.device) for name, tensor in _below("best.", tensors).items()}
-            _restore_optimiser(self.optimiser, tensors)
+            self.optimiser.restore(_below("optimiser.", tensors))
             with torch.no_grad():
                 for name in ("log_scale", "sums", "since_evaluation"):
                     getattr(self, name).copy_(tensors[name])
@@ -445,37 +438,46 @@ class _Run:
                 f"{self.config.learning_rate:g}); the last good checkpoint is kept. Try a smaller learning rate."
             )
 
+    def _loss(self, count: int) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy of the next `count` episodes."""
+        photos = self.sampler.sample(count).indices().flatten(1)  # (b, way * (shot + query))
+        cosines = self.learner.cosines(photos)
+        return prototypical_loss(cosines, way=self.plan.way, shot=self.plan.shot, scale=self.log_scale.exp())
+
+    @torch.no_grad()
     def _dry_loss(self) -> float:
         """The loss on a few training episodes, without learning from them and without touching the sampler."""
         state = self.sampler.state()
-        photos = self.sampler.sample(20).indices()
+        loss, _ = self._loss(20)
         self.sampler.restore(state)
-        with torch.no_grad():
-            embeddings = self.learner.embed(photos.flatten()).unflatten(0, photos.shape)
-            loss, _ = prototypical_loss(embeddings, shot=self.plan.shot, scale=self.log_scale.exp())
         return float(loss)
 
 
-def prototypical_loss(embeddings: Tensor, *, shot: int, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the query images over cosines to the prototypes, times `scale`.
+def prototypical_loss(cosines: Tensor, *, way: int, shot: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the query images over `scale` times their cosines to the prototypes.
 
-    Cosine with a learned scale (Gidaris and Komodakis 2018) instead of the squared Euclidean distance of Snell et al.
-    2017, because cosine is what the studio answers with.
+    A prototype is the mean of its class's normalised support embeddings, so both its product with a query and its own
+    length follow from the cosines between photos, and the embeddings themselves are not needed. Cosine with a learned
+    scale (Gidaris and Komodakis 2018) instead of the squared Euclidean distance of Snell et al. 2017, because cosine is
+    what the studio answers with.
 
     Args:
-        embeddings: (b, way, shot + query, dim), L2-normalised, support first.
+        cosines: (b, p, p) between the p = way x (shot + query) photos of an episode, class by class, support first.
         scale: scalar, above 0.
 
     Returns:
         Loss and accuracy, means over all query images.
     """
-    _, way, photos, _ = embeddings.shape
-    prototypes = F.normalize(embeddings[:, :, :shot].mean(dim=2), dim=2)  # (b, way, dim)
-    queries = embeddings[:, :, shot:].flatten(1, 2)  # (b, way * query, dim)
-    logits = scale * torch.bmm(queries, prototypes.mT)  # (b, way * query, way)
-    truth = torch.arange(way, device=logits.device).repeat_interleave(photos - shot).expand(len(logits), -1)
-    accuracy = (logits.detach().argmax(dim=2) == truth).float().mean()
-    return F.cross_entropy(logits.flatten(0, 1), truth.flatten()), accuracy
+    each = cosines.shape[1] // way
+    by_class = cosines.view(-1, way, each, way, each)
+    products = by_class[:, :, shot:, :, :shot].mean(dim=4)  # (b, way, query, way)
+    lengths = (
+        by_class[:, :, :shot, :, :shot].diagonal(dim1=1, dim2=3).mean(dim=(1, 2)).clamp(min=1e-8).sqrt()
+    )  # (b, way)
+    logits = scale * products / lengths[:, None, None]
+    truth = torch.arange(way, device=logits.device).view(1, way, 1).expand(logits.shape[:3])
+    accuracy = (logits.detach().argmax(dim=3) == truth).float().mean()
+    return F.cross_entropy(logits.flatten(0, 2), truth.flatten()), accuracy
 
 
 def closed_form(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -532,6 +534,7 @@ class _Adapter:
         self.features /= (
             self.features[trained_on].norm(dim=1).mean()
         )  # so that the learning rate means the same everywhere
+        self.table = self.features @ self.features.mT if len(rows) <= TABLE_PHOTOS else None
         rank = min(RANK, used.shape[1])
         start = torch.Generator().manual_seed(config.seed)
         down = torch.linalg.qr(torch.randn(used.shape[1], rank, generator=start)).Q
@@ -541,9 +544,30 @@ class _Adapter:
     def parameters(self) -> list[Tensor]:
         return [self.down, self.up]
 
-    def embed(self, photos: Tensor) -> Tensor:
-        distinct, inverse = torch.unique(photos, return_inverse=True)  # episodes of a step share photos
-        return self._project(distinct)[inverse.to(self.up.device)]
+    def cosines(self, photos: Tensor) -> Tensor:
+        """Of y = z + (z D) U, by multiplying out y y' = z z' + p q' + q p' + p (U U') p' with p = z D and q = z U'.
+
+        So the long embeddings are touched once, to get the short p and q; where the episodes of a step hold more photos
+        than there are, each distinct photo is projected once.
+        """
+        rows = self.place[photos].to(self.up.device)  # (b, p)
+        both = torch.cat([self.down, self.up.mT], dim=1)  # (dim, 2 rank)
+        if rows.numel() < len(self.features):
+            short = (self.features[rows.flatten()] @ both).unflatten(0, rows.shape)
+        else:
+            short = F.embedding(rows, self.features @ both)
+        p, q = short.chunk(2, dim=2)  # (b, p, rank) each
+        cross = torch.bmm(p, q.mT)
+        products = self._products(rows) + cross + cross.mT + torch.bmm(p @ (self.up @ self.up.mT), p.mT)
+        shrink = products.diagonal(dim1=1, dim2=2).clamp(min=1e-12).rsqrt()  # (b, p), 1 / length
+        return products * shrink[:, :, None] * shrink[:, None, :]
+
+    def _products(self, rows: Tensor) -> Tensor:
+        """(b, p) -> (b, p, p), z z'; looked up where a table of all pairs is small enough to keep."""
+        if self.table is not None:
+            return self.table[rows[:, :, None], rows[:, None, :]]
+        z = self.features[rows]
+        return torch.bmm(z, z.mT)
 
     def embed_frozen(self, photos: Tensor) -> Tensor:
         return self.frozen[self.place[photos]]
@@ -557,8 +581,8 @@ class _Adapter:
         return F.normalize(z + (z @ self.down) @ self.up, dim=1)
 
     def state(self) -> dict[str, Tensor]:
-        tensors = {"down": self.down, "up": self.up, "centre": self.centre, "map": self.map, "features": self.features}
-        return {name: tensor.detach().clone() for name, tensor in tensors.items() if name != "features"}
+        tensors = {"down": self.down, "up": self.up, "centre": self.centre, "map": self.map}
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -596,14 +620,15 @@ class _Network:
     def parameters(self) -> list[Tensor]:
         return list(self.net.parameters())
 
-    def embed(self, photos: Tensor) -> Tensor:
+    def cosines(self, photos: Tensor) -> Tensor:
         self.net.train()
         if self.entry.pretrained:  # an episode's few classes would make poor statistics of batch normalisation
             for module in self.net.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
-        x = augment(self._pictures(photos), self.generator, flips=self.config.flips)
-        return F.normalize(self._forward(x), dim=1)
+        x = augment(self._pictures(photos.flatten()), self.generator, flips=self.config.flips)
+        z = F.normalize(self._forward(x), dim=1).view(*photos.shape, -1)  # (b, p, dim)
+        return torch.bmm(z, z.mT)
 
     def embed_frozen(self, photos: Tensor) -> Tensor:
         return self.embed_trained(photos)  # asked for before the first step only
@@ -612,7 +637,7 @@ class _Network:
     def embed_trained(self, photos: Tensor) -> Tensor:
         self.net.eval()
         size = 256 if self.device.type == "cuda" else 32
-        return torch.cat([self._forward(self._pictures(part)) for part in photos.split(size)])
+        return torch.cat([self._forward(self._pictures(part)) for part in torch.split(photos, size)])
 
     def _pictures(self, photos: Tensor) -> Tensor:
         """(m,) -> (m, 3, s, s) float32 in [0, 1]."""
@@ -670,6 +695,55 @@ def augment(pictures: Tensor, generator: torch.Generator, *, flips: bool) -> Ten
     theta = torch.stack(rows, dim=1).view(n, 2, 3)
     grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
     return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+class _AdamW:
+    """AdamW (Loshchilov and Hutter 2019). torch.optim's would import the compiler: 5 s and more before the first step.
+
+    The last parameter is the scale: a single number, so it learns faster than weights do, and nothing pulls it to zero.
+    """
+
+    BETAS = (0.9, 0.999)
+    EPSILON = 1e-8
+
+    def __init__(self, config: TrainConfig, parameters: list[Tensor]) -> None:
+        decay = 5e-4 if config.kind == "full" else 0.0
+        weights, scale = parameters[:-1], parameters[-1:]
+        self.groups = [(weights, config.learning_rate, decay), (scale, min(10 * config.learning_rate, 1e-2), 0.0)]
+        self.moments = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
+        self.squares = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, gradients: tuple[Tensor, ...], share: float) -> None:
+        """One step at `share` of the learning rate; gradients in the order of the parameters."""
+        self.steps += 1
+        slow, slower = self.BETAS
+        torch._foreach_lerp_(self.moments, gradients, 1 - slow)
+        torch._foreach_mul_(self.squares, slower)
+        torch._foreach_addcmul_(self.squares, gradients, gradients, 1 - slower)
+        first = 0
+        for parameters, rate, decay in self.groups:
+            part = slice(first, first + len(parameters))
+            first = part.stop
+            rate *= share
+            if decay:
+                torch._foreach_mul_(parameters, 1 - rate * decay)
+            divisors = torch._foreach_sqrt(self.squares[part])
+            torch._foreach_div_(divisors, (1 - slower**self.steps) ** 0.5)
+            torch._foreach_add_(divisors, self.EPSILON)
+            torch._foreach_addcdiv_(parameters, self.moments[part], divisors, -rate / (1 - slow**self.steps))
+
+    def state(self) -> dict[str, Tensor]:
+        both = {"moments": self.moments, "squares": self.squares}
+        tensors = {f"optimiser.{name}.{i}": tensor for name, kept in both.items() for i, tensor in enumerate(kept)}
+        return {**tensors, "optimiser.steps": torch.tensor(self.steps)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for name, kept in (("moments", self.moments), ("squares", self.squares)):
+            for i, tensor in enumerate(kept):
+                tensor.copy_(state[f"{name}.{i}"])
+        self.steps = int(state["steps"])
 
 
 class _Validation:
@@ -765,31 +839,6 @@ def _only(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
     kept = labels >= 0
     return labels[kept], None if groups is None else groups[kept]
-
-
-def _optimiser(config: TrainConfig, weights: list[Tensor], log_scale: Tensor) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); the scale learns faster than weights do, for it is a single number."""
-    decay = 5e-4 if config.kind == "full" else 0.0
-    groups: list[dict[str, Any]] = [
-        {"params": weights, "lr": config.learning_rate, "weight_decay": decay},
-        {"params": [log_scale], "lr": min(10 * config.learning_rate, 1e-2), "weight_decay": 0.0},
-    ]
-    for group in groups:
-        group["first_lr"] = group["lr"]
-    return torch.optim.AdamW(groups, fused=True)
-
-
-def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimiser.state_dict()["state"]
-    return {f"optimiser.{index}.{name}": value for index, values in state.items() for name, value in values.items()}
-
-
-def _restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in _below("optimiser.", tensors).items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
