@@ -81,7 +81,7 @@ def _add_level(parser: argparse.ArgumentParser) -> None:
 
 def _add_encoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder", default="fast", metavar="fast|NAME|CKPT", help=f"fast is {DEFAULT_ENCODER}")
-    parser.add_argument("--cache-dir", type=Path, default=_cache_dir(), help="where exported encoders are kept")
+    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where exported encoders are kept")
     parser.add_argument("--device", help="cpu or cuda; a GPU is taken where there is one")
     parser.add_argument("--json", action="store_true", help="accepted everywhere; the output is JSON in any case")
 
@@ -93,14 +93,15 @@ def _positive(text: str) -> int:
     return value
 
 
-def _cache_dir() -> Path:
+def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewshot-studio"
 
 
 def _embed(options: argparse.Namespace) -> None:
     images = from_folder(options.folder, options.level)
+    encoder = _encoder(options)
     started = time.monotonic()
-    embeddings, kept, refused = _embeddings(list(map(Path, images.paths)), _encoder(options))
+    embeddings, kept, refused = _embeddings(list(map(Path, images.paths)), encoder)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with open(options.out, "wb") as file:  # np.savez would add a suffix to a bare name
         np.savez(
@@ -218,7 +219,7 @@ def _encoder(options: argparse.Namespace) -> Encoder:
 def _embeddings(
     paths: list[Path], encoder: Encoder
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], list[dict[str, str]]]:
-    """Embeddings (n, dim) of the files that are photos, their places in `paths` (n,), and the others with the reason."""
+    """Embeddings (n, dim) of the files that are photos, their places in `paths` (n,), and why the others are not."""
     rows, kept, refused = [], [], []
     for done in _with_progress(embed_files(paths, encoder, workers=os.cpu_count() or 1), len(paths)):
         if done.embedding is None:

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -334,7 +335,9 @@ def _cached_onnx(recipe: _Recipe, cache_dir: Path) -> Path:
     if path.is_file():
         return path
     if "torch" in sys.modules:
-        _export_recipe(recipe, path)
+        with _export_lock:
+            if not path.is_file():
+                _export_recipe(recipe, path)
         return path
     # In a process of its own, so that this one need not carry torch for the rest of its life.
     command = [sys.executable, "-m", "fewshot_engine.encoder", recipe.source, str(path)]
@@ -346,6 +349,9 @@ def _cached_onnx(recipe: _Recipe, cache_dir: Path) -> Path:
     if done.returncode != 0:
         raise EngineError(f"{recipe.name} could not be exported to ONNX: {done.stderr.strip()[-2000:]}")
     return path
+
+
+_export_lock = threading.Lock()  # torch's exporter keeps its state in globals; other processes have their own
 
 
 def _export_recipe(recipe: _Recipe, path: Path) -> None:
@@ -407,7 +413,7 @@ def _with_normalisation(module: nn.Module, backbone: Backbone | None) -> nn.Modu
 
         def forward(self, pixels: Tensor) -> Tensor:
             x = pixels.permute(0, 3, 1, 2).float()
-            return self.inner(x * self.scale + self.shift)  # type: ignore[operator, no-any-return]
+            return self.inner(x * self.scale + self.shift)  # type: ignore[no-any-return]
 
     return Normalised().to(next(module.parameters()).device)
 

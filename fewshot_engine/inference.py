@@ -178,17 +178,17 @@ def fit(
     """
     if n_way < 1:
         raise DataError("there are no labels: add one with at least one example photo")
-    labels = labels.astype(np.int64)
+    label_of: Labels = labels.astype(np.int64)
     prepared = _prepare(support, centre)
     rivals = _prepare(negatives, centre) if negatives is not None and len(negatives) else prepared[:0]
-    prototypes = l2_normalise(compute_prototypes(prepared, labels, n_way))
-    left_out = _leave_one_out(prepared, labels, n_way)
+    prototypes = l2_normalise(compute_prototypes(prepared, label_of, n_way))
+    left_out = _leave_one_out(prepared, label_of, n_way)
     scale = _Scale.of(left_out, prepared, centred=centre is not None)
     expected, interval = _expected_accuracy(left_out)
     return PrototypeModel(
         prototypes=prototypes.astype(np.float32),
         support=prepared.astype(np.float32),
-        support_labels=labels,
+        support_labels=label_of,
         negatives=rivals.astype(np.float32),
         centre=None if centre is None else np.asarray(centre, dtype=np.float32),
         temperature=_fit_temperature(left_out, scale),
@@ -297,7 +297,7 @@ def _squared_sums(weights: FloatArray, gram: FloatArray) -> FloatArray:
 
 
 # Measured on clothing and grocery with EfficientNet-Lite0: 2 to 8 labels of 1 to 8 examples, 1,000 label sets without
-# and 1,000 with centring, logistic regression on each set's query photos and those of as many unknown labels as the truth.
+# and 1,000 with centring; logistic regression, each set's query photos being known and those of other labels strangers.
 _PRIOR_TEMPERATURE = 0.08  # in units of the scale
 _PRIOR_TEMPERATURE_SD = 0.45  # of its logarithm
 _PRIOR_STRANGER = {  # by whether embeddings are centred: bias; best, others, nearest, in units of the scale

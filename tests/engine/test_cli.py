@@ -1,0 +1,86 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewshot_engine import __main__ as cli
+from fewshot_engine.encoder import Encoder
+
+
+@pytest.fixture(autouse=True)
+def mean_colour_encoder(monkeypatch):
+    """Pictures differ in colour alone here, so an encoder that sees nothing else will do."""
+    encoder = Encoder("mean", dim=3, image_size=8, forward=lambda p: p.mean(axis=(1, 2), dtype=np.float32) + 1)
+    monkeypatch.setattr(cli, "load_encoder", lambda *args, **kwargs: encoder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shades = np.random.default_rng(0).integers(150, 256, 8)
+    for name, channel in (("red", 0), ("green", 1), ("blue", 2)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(4):
+            colour = [number * 9, number * 5, 12]
+            colour[channel] = int(shades[number])
+            Image.new("RGB", (12, 10), tuple(colour)).save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def test_embed_writes_arrays_that_belong_together(folder, tmp_path, capsys):
+    (folder / "red" / "9.jpg").write_text("just words")
+    assert cli.main(["embed", str(folder), "--out", str(tmp_path / "out.npz")]) == 0
+    said = json.loads(capsys.readouterr().out)
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert arrays["embeddings"].shape == (12, 3)
+        assert list(arrays["classes"]) == ["blue", "green", "red"]
+        for label, path in zip(arrays["labels"], arrays["paths"], strict=True):
+            assert f"/{arrays['classes'][label]}/" in path
+    assert said["photos"] == 12
+    assert [one["reason"] for one in said["refused"]] == ["This is a text file, not a photo."]
+
+
+@pytest.mark.parametrize("mode", ["inductive", "pool"])
+def test_classify_says_a_line_for_each_photo(folder, capsys, mode):
+    (folder / "red" / "9.jpg").write_text("just words")
+    arguments = ["classify", "--support", str(folder), "--query", str(folder), "--top-k", "2", "--mode", mode, "--json"]
+    assert cli.main(arguments) == 0
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    answers = [line for line in lines if line["verdict"] != "refused"]
+    assert (len(lines), len(answers)) == (13, 12)
+    for line in answers:
+        assert f"/{line['label']}/" in line["path"]
+        assert line.keys() == {"path", "label", "confidence", "distance", "stranger", "top_k", "verdict"}
+        assert line["top_k"][0]["label"] == line["label"]
+        assert len(line["top_k"]) == 2
+    assert "13 of 13 photos" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["embed", "nowhere", "--out", "x.npz"], "not a folder"),
+        (["classify", "--support", "nowhere", "--query", "nowhere"], "not a folder"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert sentence in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_label_whose_photos_are_all_unreadable_is_named(folder, capsys):
+    (folder / "grey").mkdir()
+    (folder / "grey" / "a.jpg").write_text("no photo")
+    assert cli.main(["classify", "--support", str(folder), "--query", str(folder)]) == 2
+    assert "grey" in capsys.readouterr().err
+
+
+def test_bench_prints_a_ratio(capsys):
+    assert cli.main(["bench", "--photos", "20"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["photos"] == 20
+    assert said["ratio"] > 0

@@ -1,0 +1,169 @@
+import numpy as np
+import pytest
+
+from fewshot_engine import inference
+from fewshot_engine.errors import CheckpointError, DataError, EmptyClassError
+from fewshot_engine.inference import PrototypeModel, classify, fit, mean_embedding, verdict
+from fewshot_engine.prototypes import l2_normalise
+
+
+def photos(n_way, shot, *, dim=64, noise=0.7, seed=0, first=0):
+    """Embeddings around `n_way` directions, numbered from `first` on; (n_way * shot, dim) and their labels."""
+    directions = np.random.default_rng(99).normal(size=(40, dim))[first : first + n_way]
+    labels = np.repeat(np.arange(n_way), shot)
+    noises = np.random.default_rng(seed).normal(size=(len(labels), dim)) * noise
+    return (directions[labels] + noises).astype(np.float32), labels
+
+
+def test_answers_by_hand():
+    model = fit(np.array([[2.0, 0.0], [0.0, 5.0]]), np.array([0, 1]), 2)
+    answers = classify(model, np.array([[3.0, 4.0]]))
+    np.testing.assert_array_equal(answers.labels, [[1, 0]])
+    np.testing.assert_allclose(answers.distances, [[0.2, 0.4]], atol=1e-6)
+    odds = np.exp((0.8 - 0.6) / model.temperature)
+    np.testing.assert_allclose(answers.confidences, [[odds / (1 + odds), 1 / (1 + odds)]], rtol=1e-4)
+    np.testing.assert_array_equal(answers.nearest, [[1, -1, -1, 0, -1, -1]])
+    np.testing.assert_allclose(answers.nearest_similarities, [[0.8, 0, 0, 0.6, 0, 0]], atol=1e-6)
+
+
+def slow_leave_one_out(support, labels, n_way):
+    """Cosines with each example's own prototype built without it and its copies, by a loop."""
+    support = l2_normalise(support)
+    cosines = np.zeros((len(support), n_way))
+    for i, photo in enumerate(support):
+        for k in range(n_way):
+            rows = [
+                j for j in np.flatnonzero(labels == k) if not (j == i or (labels[i] == k and support[j] @ photo > 0.98))
+            ]
+            mean = support[rows].mean(0) if rows else None
+            cosines[i, k] = photo @ mean / np.linalg.norm(mean) if rows else -1
+    return cosines
+
+
+def test_leaving_one_out_agrees_with_a_loop():
+    support, labels = photos(6, 4)
+    support[1] = support[0] * 2  # a copy, of another length
+    lone = np.concatenate([support, photos(1, 1, first=9)[0]])
+    lone_labels = np.append(labels, 6)
+    left_out = inference._leave_one_out(l2_normalise(lone), lone_labels, 7)
+    np.testing.assert_allclose(left_out.cosines, slow_leave_one_out(lone, lone_labels, 7), atol=1e-5)
+    np.testing.assert_array_equal(left_out.has_company, [True] * 24 + [False])
+    expected = np.mean(slow_leave_one_out(lone, lone_labels, 7).argmax(1)[:24] == labels)
+    assert fit(lone, lone_labels, 7).expected_accuracy == pytest.approx(expected)
+
+
+def test_the_order_of_the_support_does_not_matter():
+    support, labels = photos(5, 4, noise=1.5)
+    queries = photos(5, 6, seed=3)[0]
+    order = np.random.default_rng(0).permutation(len(labels))
+    once, again = (classify(fit(support[o], labels[o], 5), queries) for o in (np.arange(len(labels)), order))
+    np.testing.assert_array_equal(once.labels, again.labels)
+    np.testing.assert_allclose(once.confidences, again.confidences, atol=1e-4)
+    np.testing.assert_allclose(once.stranger, again.stranger, atol=1e-4)
+    np.testing.assert_array_equal(once.nearest[:, 0], order[again.nearest[:, 0]])
+
+
+@pytest.mark.parametrize(("n_way", "shot"), [(1, 1), (1, 5), (2, 1), (2, 3), (5, 1), (5, 5), (20, 2)])
+def test_every_size_of_label_set_gives_probabilities(n_way, shot):
+    model = fit(*photos(n_way, shot), n_way)
+    answers = classify(model, photos(n_way, 3, seed=5)[0], top_k=50)
+    assert answers.labels.shape == (3 * n_way, n_way)
+    np.testing.assert_allclose(answers.confidences.sum(axis=1), 1, atol=1e-5)
+    assert ((answers.stranger > 0) & (answers.stranger < 1)).all()
+    assert (answers.labels[:, 0] == np.repeat(np.arange(n_way), 3)).mean() > 0.9
+
+
+def test_strangers_score_above_known_photos():
+    for n_way, shot in ((1, 1), (1, 4), (5, 1), (5, 5)):
+        model = fit(*photos(n_way, shot), n_way)
+        known = classify(model, photos(n_way, 10, seed=6)[0]).stranger
+        strange = classify(model, photos(n_way, 10, seed=7, first=20)[0]).stranger
+        assert np.quantile(strange, 0.1) > np.quantile(known, 0.9)
+        if shot > 1:  # a single example cannot say how far its kind spreads: the prior is careful
+            assert np.median(strange) > 0.5 > np.median(known)
+
+
+@pytest.mark.parametrize("make", [np.zeros, np.ones])
+@pytest.mark.parametrize(("n_way", "shot"), [(1, 1), (1, 3), (3, 1), (3, 3)])
+def test_identical_photos_and_zeros_do_not_crash(make, n_way, shot):
+    support = make((n_way * shot, 8))
+    answers = classify(
+        fit(support, np.repeat(np.arange(n_way), shot), n_way), np.concatenate([support, np.zeros((1, 8))])
+    )
+    for values in (answers.confidences, answers.distances, answers.stranger, answers.nearest_similarities):
+        assert np.isfinite(values).all()
+
+
+def test_a_near_copy_does_not_vouch_for_an_example():
+    support, labels = photos(2, 1)
+    doubled = np.concatenate([support, support])
+    model = fit(doubled, np.concatenate([labels, labels]), 2)
+    assert model.expected_accuracy is None
+    assert model.per_label[0].examples == 2
+    assert model.per_label[0].expected is None
+
+
+def test_health_names_the_outlier_and_the_confusion():
+    support, labels = photos(3, 4, noise=0.3)
+    support[1] = photos(3, 4, noise=0.3, seed=8)[0][8]  # a photo of label 2 filed under label 0
+    health = fit(support, labels, 3).per_label
+    assert (health[0].outlier, health[0].confused_with, health[0].expected) == (1, 2, 0.75)
+    assert (health[1].outlier, health[1].confused_with, health[1].expected) == (None, None, 1.0)
+
+
+def test_a_negative_raises_the_stranger_score_of_photos_like_it():
+    support, labels = photos(3, 3)
+    negatives = photos(1, 2, first=20)[0]
+    like_negative, known = photos(1, 5, first=20, seed=9)[0], photos(3, 5, seed=9)[0]
+    without, with_them = fit(support, labels, 3), fit(support, labels, 3, negatives=negatives)
+    assert (classify(with_them, like_negative).stranger > classify(without, like_negative).stranger).all()
+    assert np.median(classify(with_them, known).stranger) < 0.5
+
+
+def test_a_centre_is_subtracted_from_support_and_queries():
+    support, labels = photos(3, 3)
+    shifted = l2_normalise(support) + 0.5
+    model = fit(shifted, labels, 3, centre=mean_embedding(shifted))
+    answers = classify(model, shifted)
+    np.testing.assert_array_equal(answers.labels[:, 0], labels)
+
+
+def test_no_query_gives_empty_answers():
+    answers = classify(fit(*photos(3, 2), 3), np.empty((0, 64), dtype=np.float32))
+    assert answers.labels.shape == (0, 3)
+    assert answers.stranger.shape == (0,)
+
+
+def test_bytes_bring_the_same_model_back():
+    support, labels = photos(4, 3)
+    for options in ({}, {"negatives": support[:2], "centre": support.mean(0)}):
+        model = fit(support, labels, 4, **options)
+        again = PrototypeModel.from_bytes(model.to_bytes())
+        assert again.per_label == model.per_label
+        assert again.stranger_weights == model.stranger_weights
+        once, twice = classify(model, support), classify(again, support)
+        np.testing.assert_array_equal(once.stranger, twice.stranger)
+        np.testing.assert_array_equal(once.confidences, twice.confidences)
+
+
+@pytest.mark.parametrize("data", [b"", b"no tensors", b"\x80\x04pickle", b"\x02" + bytes(7) + b"{}"])
+def test_other_bytes_are_no_model(data):
+    with pytest.raises(CheckpointError):
+        PrototypeModel.from_bytes(data)
+
+
+def test_mistakes_are_named():
+    with pytest.raises(DataError, match="no labels"):
+        fit(np.empty((0, 4)), np.empty(0, dtype=int), 0)
+    with pytest.raises(EmptyClassError):
+        fit(np.eye(2), np.array([0, 0]), 2)
+    with pytest.raises(ValueError, match="not finite"):
+        fit(np.full((1, 2), np.nan), np.array([0]), 1)
+
+
+def test_verdicts():
+    assert verdict(0.9, 0.1) == "known"
+    assert verdict(0.59, 0.1) == "unsure"
+    assert verdict(0.9, 0.51) == "none"
+    assert verdict(0.9, 0.51, reject_above=0.6) == "known"
+    assert verdict(0.9, 0.1, unsure_below=0.95) == "unsure"
