@@ -176,6 +176,17 @@ def request_cancel(job: Job) -> None:
             record(job.pk, "stopping", message=_("Stopping…"))
 
 
+def retry(job: Job) -> bool:
+    """Queue a job again that failed or was cancelled; it goes on from what is kept. False when it did neither."""
+    with transaction.atomic():
+        ended = Job.objects.select_for_update().filter(pk=job.pk, state__in=(Job.State.FAILED, Job.State.CANCELLED))
+        if ended.first() is None:
+            return False
+        record(job.pk, "continued", message=_("Started again; it goes on from what is kept."))
+        wake(job.pk)
+    return True
+
+
 def resend_unheard(queue_name: str, *, waiting_messages: int, after: timedelta) -> int:
     """Send queued jobs again whose message may be lost; returns how many. Harmless when it was not: see `claim`."""
     queued = Job.objects.filter(state=Job.State.QUEUED, queue=queue_name)
