@@ -380,7 +380,7 @@ def _torch_forward(recipe: _Recipe, device: str) -> Callable[[UInt8Array], Float
     import torch
 
     module = _with_normalisation(recipe.build(), recipe.backbone).to(device)
-    module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = module.to(memory_format=torch.channels_last)
     compiled = torch.compile(module)
 
     @torch.inference_mode()
@@ -404,6 +404,9 @@ def _with_normalisation(module: nn.Module, backbone: Backbone | None) -> nn.Modu
     mean, std = (backbone.mean, backbone.std) if backbone else ((0.0,) * 3, (1.0,) * 3)
 
     class Normalised(nn.Module):
+        scale: Tensor
+        shift: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.inner = module
@@ -413,7 +416,8 @@ def _with_normalisation(module: nn.Module, backbone: Backbone | None) -> nn.Modu
 
         def forward(self, pixels: Tensor) -> Tensor:
             x = pixels.permute(0, 3, 1, 2).float()
-            return self.inner(x * self.scale + self.shift)  # type: ignore[no-any-return]
+            features: Tensor = self.inner(x * self.scale + self.shift)
+            return features
 
     return Normalised().to(next(module.parameters()).device)
 
