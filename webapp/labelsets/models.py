@@ -206,6 +206,13 @@ class Intake(models.Model):
     batch = models.OneToOneField(Import, on_delete=models.CASCADE, related_name="intake")
     label_set = models.ForeignKey(LabelSet, on_delete=models.CASCADE, related_name="intakes")
     label = models.ForeignKey(Label, on_delete=models.CASCADE, null=True, related_name="+")
+    replaces = models.ForeignKey(
+        Example,
+        on_delete=models.SET_NULL,
+        null=True,
+        related_name="+",
+        help_text="the example that these come instead of",
+    )
     classification = models.ForeignKey(Classification, on_delete=models.CASCADE, null=True, related_name="intakes")
 
     class Meta:

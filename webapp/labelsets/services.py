@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -35,6 +36,7 @@ T = TypeVar("T")
 
 KEPT_REVISIONS = 3
 MAX_LABELS = 1000
+IN_HAND = timedelta(minutes=10)  # a batch that was corrected as lately follows what its corrections teach
 
 
 class LabelSetError(Exception):
@@ -106,10 +108,14 @@ def remove_label(label: Label) -> None:
     def change(version: int) -> None:
         Label.objects.filter(pk=label.pk, to_version=None).update(to_version=version)
 
+    if label.to_version is not None:
+        return
     _new_version(label.label_set, change)
 
 
 def restore_label(label: Label) -> None:
+    if label.to_version is None:
+        return
     _label_name(label.label_set, label.name, apart_from=label)
 
     def change(version: int) -> None:
@@ -118,11 +124,16 @@ def restore_label(label: Label) -> None:
     _new_version(label.label_set, change)
 
 
-def add_examples(label: Label, photos: Iterable[Photo]) -> list[Example]:
-    """Make photos examples of a label; those that are already stay as they are, another label's move here."""
+def add_examples(label: Label, photos: Iterable[Photo], *, instead_of: Example | None = None) -> list[Example]:
+    """Make photos examples of a label; those that are already stay as they are, another label's move here.
+
+    `instead_of` goes out in the same version.
+    """
     chosen = {photo.pk: photo for photo in photos}
 
     def change(version: int) -> list[Example]:
+        if instead_of is not None and instead_of.photo_id not in chosen:
+            Example.objects.filter(pk=instead_of.pk, to_version=None).update(to_version=version)
         here = Example.objects.current().filter(label__label_set=label.label_set, photo__in=chosen)
         kept = set(here.filter(label=label).values_list("photo_id", flat=True))
         here.exclude(label=label).update(to_version=version)
@@ -139,6 +150,8 @@ def remove_example(example: Example) -> None:
     def change(version: int) -> None:
         Example.objects.filter(pk=example.pk, to_version=None).update(to_version=version)
 
+    if example.to_version is not None:
+        return
     _new_version(example.label.label_set, change)
 
 
@@ -153,9 +166,12 @@ def set_reject_above(label_set: LabelSet, value: float) -> None:
     LabelSet.objects.filter(pk=label_set.pk).update(reject_above=value)
 
 
-def open_example_intake(label: Label) -> Import:
+def open_example_intake(label: Label, *, instead_of: Example | None = None) -> Import:
     """An upload whose photos become examples of a label, once they are taken in, in one new version."""
-    return _open_intake(label.label_set, title=_("Examples of %(name)s") % {"name": label.name}, label=label)
+    if label.to_version is not None:
+        raise LabelSetError(_("The label “%(name)s” was removed; bring it back first.") % {"name": label.name})
+    title = _("Examples of %(name)s") % {"name": label.name}
+    return _open_intake(label.label_set, title=title, label=label, replaces=instead_of)
 
 
 def open_query_intake(classification: Classification) -> Import:
@@ -183,24 +199,44 @@ def classify_collection(label_set: LabelSet, collection: Collection, *, top_k: i
     return batch
 
 
-def answer(query: QueryImage, label: Label | None, *, becomes_example: bool) -> None:
-    """Pin what a person says of a query image: a label, or None for "none of these"; others re-sort if it teaches."""
+def set_top_k(classification: Classification, top_k: int) -> None:
+    """Show another number of best labels; where more are wanted than are there, the batch is answered anew."""
+    _require_top_k(top_k)
     with transaction.atomic():
+        batch = Classification.objects.select_for_update().get(pk=classification.pk)
+        is_more = top_k > batch.top_k
+        batch.top_k = top_k
+        if is_more and batch.revision:
+            batch.prototypes = None
+        batch.save(update_fields=["top_k", "prototypes"])
+        if is_more:
+            wake(batch.job_id)
+
+
+def answer(query: QueryImage, label: Label | None, *, becomes_example: bool) -> None:
+    """Pin what a person says of a query image: a label, or None for "none of these"; others re-sort if it teaches.
+
+    A second answer takes the place of the first, and of what the first had taught.
+    """
+    teaches = label is not None and becomes_example
+    if label is not None and label.to_version is not None:
+        raise LabelSetError(_("The label “%(name)s” was removed; bring it back first.") % {"name": label.name})
+    with transaction.atomic():
+        if not teaches:
+            _unlearn_answer(query)
         QueryImage.objects.filter(pk=query.pk).update(is_answered=True, answer=label, answered_at=timezone.now())
         record(query.classification.job_id, "answered", photo=str(query.photo_id))
-        if label is not None and becomes_example:
+        if label is not None and teaches:
             add_examples(label, [query.photo])
             wake(query.classification.job_id)
 
 
 def take_answer_back(query: QueryImage) -> None:
     """Unpin an answer, and take the photo out of the examples if the answer had made it one."""
+    if not query.is_answered:
+        return
     with transaction.atomic():
-        examples = Example.objects.current().filter(
-            label=query.answer, photo=query.photo, created__gte=query.answered_at
-        )
-        for example in examples.select_related("label__label_set"):
-            remove_example(example)
+        _unlearn_answer(query)
         QueryImage.objects.filter(pk=query.pk).update(is_answered=False, answer=None, answered_at=None)
         record(query.classification.job_id, "answered", photo=str(query.photo_id))
         wake(query.classification.job_id)
@@ -211,7 +247,7 @@ def take_answer_back(query: QueryImage) -> None:
 
 def photos_ready(batch: Import, photos: Sequence[Photo], *, is_last: bool) -> None:
     """Photos of a drop are taken in and embedded: hand them to what they were dropped for."""
-    intake = Intake.objects.select_related("label__label_set", "classification").filter(batch=batch).first()
+    intake = Intake.objects.select_related("label__label_set", "classification", "replaces").filter(batch=batch).first()
     if intake is None:
         return
     if intake.classification is not None:
@@ -224,7 +260,7 @@ def photos_ready(batch: Import, photos: Sequence[Photo], *, is_last: bool) -> No
     elif is_last and intake.label is not None and intake.label.to_version is None:
         taken = Photo.objects.filter(pk__in=batch.files.exclude(photo=None).values("photo"))
         if taken:
-            add_examples(intake.label, taken)
+            add_examples(intake.label, taken, instead_of=intake.replaces)
 
 
 def current_support(label_set: LabelSet) -> tuple[int, list[Label], list[tuple[UUID, UUID, UUID]]]:
@@ -243,7 +279,7 @@ def current_support(label_set: LabelSet) -> tuple[int, list[Label], list[tuple[U
 
 
 def save_prototypes(claim: Claim, prototypes: PrototypeSet) -> None:
-    """Keep what was learned of a version, tell the page, and let the latest batch follow."""
+    """Keep what was learned of a version, tell the page, and let the batches follow that somebody is looking at."""
     with fenced(claim):
         PrototypeSet.objects.filter(label_set_id=prototypes.label_set_id, version=prototypes.version).delete()
         prototypes.save()
@@ -254,7 +290,9 @@ def save_prototypes(claim: Claim, prototypes: PrototypeSet) -> None:
         batches = Classification.objects.filter(label_set_id=prototypes.label_set_id).order_by("-created")
         latest = list(batches.values_list("job_id", flat=True)[:1])
         unanswered = list(batches.filter(revision=0).values_list("job_id", flat=True))
-        for job_id in dict.fromkeys(latest + unanswered):
+        recently = timezone.now() - IN_HAND
+        in_hand = list(batches.filter(query_images__answered_at__gte=recently).values_list("job_id", flat=True))
+        for job_id in dict.fromkeys(latest + unanswered + in_hand):
             wake(job_id)
 
 
@@ -318,8 +356,7 @@ def _adopt_photos(classification: Classification) -> None:
 def _create_classification(
     label_set: LabelSet, name: str, source: Classification.Source, collection: Collection, top_k: int
 ) -> Classification:
-    if not 1 <= top_k <= 20:
-        raise LabelSetError(_("Between 1 and 20 best labels can be shown, not %(k)s.") % {"k": top_k})
+    _require_top_k(top_k)
     with transaction.atomic():
         batch = Classification(label_set=label_set, name=name[:120], source=source, collection=collection, top_k=top_k)
         batch.job = create_job(
@@ -338,6 +375,22 @@ def _open_intake(label_set: LabelSet, *, title: str, **aim: Any) -> Import:
         batch = open_import(label_set.drops, title=title, url=label_set.get_absolute_url(), queue=Job.Queue.INTERACTIVE)
         Intake.objects.create(batch=batch, label_set=label_set, **aim)
     return batch
+
+
+def _require_top_k(top_k: int) -> None:
+    if not 1 <= top_k <= 20:
+        raise LabelSetError(_("Between 1 and 20 best labels can be shown, not %(k)s.") % {"k": top_k})
+
+
+def _unlearn_answer(query: QueryImage) -> None:
+    """Take the photo out of the examples that its answer had made it one of."""
+    if query.answer_id is None or query.answered_at is None:
+        return
+    taught = Example.objects.current().filter(
+        label_id=query.answer_id, photo=query.photo_id, created__gte=query.answered_at
+    )
+    for example in taught.select_related("label__label_set"):
+        remove_example(example)
 
 
 def _require_examples(label_set: LabelSet) -> None:
