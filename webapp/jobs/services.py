@@ -116,7 +116,7 @@ def report(claim: Claim, type: str, *, changes: dict[str, Any] | None = None, **
 
 
 def cancel_is_wanted(claim: Claim) -> bool:
-    return _held(claim).filter(cancel_requested=True).exists()
+    return bool(_held(claim).filter(cancel_requested=True).exists())
 
 
 def finish(claim: Claim, state: Job.State, *, message: str = "", error: str = "") -> None:
@@ -129,9 +129,9 @@ def finish(claim: Claim, state: Job.State, *, message: str = "", error: str = ""
         Job.objects.filter(pk=job.pk).update(
             state=state, message=message[:300], error=error, tries=0, worker="", finished=timezone.now()
         )
-        record(job.pk, str(state), message=message, error=error)
+        last = record(job.pk, str(state), message=message, error=error)
         if state == Job.State.IDLE:
-            Event.objects.filter(job=job, number__lte=job.last_event - KEPT_EVENTS).delete()
+            Event.objects.filter(job=job, number__lte=last.number - KEPT_EVENTS).delete()
 
 
 def hand_back(claim: Claim) -> None:

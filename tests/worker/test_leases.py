@@ -1,0 +1,72 @@
+"""Who gives up a job, and when."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.webapp.test_jobs import queued
+from webapp.accounts.models import User
+from webapp.jobs import services
+from webapp.jobs.models import Job
+from worker import leases
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The reaper's own clock; move its only element."""
+    now = [1000.0]
+    monkeypatch.setattr(leases.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_job_whose_heartbeat_stands_still_for_a_lease_is_given_up(owner: User, clock: list[float]) -> None:
+    job = queued(owner)
+    services.claim(job.pk, worker="elsewhere/1")
+    reaper = leases.Reaper("ingest", lease_s=20)
+    reaper.look()
+    clock[0] += 19
+    reaper.look()
+    job.refresh_from_db()
+    assert job.state == Job.State.RUNNING
+    clock[0] += 1
+    reaper.look()
+    job.refresh_from_db()
+    assert job.state == Job.State.QUEUED
+
+
+def test_a_beating_job_is_left_alone_however_long_it_takes(owner: User, clock: list[float]) -> None:
+    job = queued(owner)
+    claim = services.claim(job.pk, worker="elsewhere/1")
+    assert claim is not None
+    reaper = leases.Reaper("ingest", lease_s=20)
+    for _round in range(20):
+        reaper.look()
+        services.beat(claim)
+        clock[0] += 19
+    job.refresh_from_db()
+    assert job.state == Job.State.RUNNING
+
+
+def test_a_dead_child_of_ones_own_is_given_up_at_once(owner: User, clock: list[float]) -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    dead, alive = queued(owner), queued(owner)
+    services.claim(dead.pk, worker=f"{leases.WORKER}/{child}")
+    services.claim(alive.pk, worker=f"{leases.WORKER}/{os.getpid()}")
+    leases.Reaper("ingest").look()
+    dead.refresh_from_db()
+    alive.refresh_from_db()
+    assert (dead.state, alive.state) == (Job.State.QUEUED, Job.State.RUNNING)
+
+
+def test_nothing_is_claimed_twice(owner: User) -> None:
+    job = queued(owner)
+    with leases.claimed(str(job.pk)) as first, leases.claimed(str(job.pk)) as second:
+        assert first is not None
+        assert second is None
