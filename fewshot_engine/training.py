@@ -43,7 +43,7 @@ Pixels = NDArray[np.uint8] | Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 CHECKPOINT_EVERY_S = 60.0
 REPORT_EVERY_S = 0.25
 SHRINKAGE = 3.0  # of the within-class scatter, in units of its mean eigenvalue (measured on grocery)
-RANK = 32
+RANK = 128  # of the correction that the episodes learn on top of the closed form
 TABLE_PHOTOS = 6000  # up to this many, *adapt* keeps the products of all pairs: 144 MB at most
 FIRST_SCALE = 10.0  # of the cosines before the softmax; learned from there
 EVALUATION_PHOTOS = 100  # a class at most: more photos of a class cost time and hardly narrow the interval
@@ -172,7 +172,8 @@ def meta_train(
             folder beside it, of the same name with "-model" for its suffix.
         resume: a checkpoint of the same configuration and data to go on from.
         device: "cpu", "cuda", …; for *full* a GPU where there is one, for *adapt* the CPU.
-        threads: of torch on the CPU, while this runs.
+        threads: of torch on the CPU, while this runs. *Adapt* takes one unless told: its steps are too small to share,
+            and on busy cores two threads that wait for each other were ten times slower than one.
         clock: monotonic seconds.
 
     Raises:
@@ -181,7 +182,7 @@ def meta_train(
         TrainingDiverged: the loss is no number; the last checkpoint is from before.
     """
     checkpoint = Path(checkpoint)
-    with _limited_threads(threads):
+    with _limited_threads(threads or (1 if config.kind == "adapt" else None)):
         run = _Run(config, data, _chosen_device(config, device))
         if resume is not None:
             run.restore(Path(resume))
@@ -496,8 +497,9 @@ def closed_form(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     x = embeddings.double()
     _, index = torch.unique(labels, return_inverse=True)
     sizes = torch.bincount(index).double()
-    means = x.new_zeros(len(sizes), x.shape[1]).index_add_(0, index, x) / sizes[:, None]
-    residuals = (x - means[index]) / sizes[index, None].sqrt()  # classes count alike, whatever their size
+    residuals = (x - class_means(x, index)[index]) / sizes[
+        index, None
+    ].sqrt()  # classes count alike, whatever their size
     scatter = residuals.T @ residuals / len(sizes)  # (dim, dim)
     mean_eigenvalue = scatter.diagonal().mean().clamp(min=1e-12)
     values, vectors = torch.linalg.eigh(scatter)
@@ -505,10 +507,26 @@ def closed_form(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(dim=0).float(), ((vectors * stretch) @ vectors.T).float()
 
 
-class _Adapter:
-    """The map of *adapt*: closed form W, then x -> z + (z @ down) @ up on z = (x - centre) @ W.
+def principal_directions(embeddings: Tensor, labels: Tensor, rank: int) -> Tensor:
+    """(dim, r), orthonormal: where the class means differ most; r is `rank`, or less when there are few classes."""
+    _, index = torch.unique(labels, return_inverse=True)
+    means = class_means(embeddings.double(), index)
+    _, values, directions = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False)
+    return directions[: max(1, min(rank, int((values > 1e-9 * values[0]).sum())))].mT.float().contiguous()
 
-    `up` starts at zero, so that the first episode begins at the closed form; the rank is low, so a step costs little.
+
+def class_means(embeddings: Tensor, index: Tensor) -> Tensor:
+    """(n_classes, dim) from (n, dim) and (n,) in [0, n_classes), none of them empty."""
+    sizes = torch.bincount(index).to(embeddings.dtype)
+    sums = embeddings.new_zeros(len(sizes), embeddings.shape[1]).index_add_(0, index, embeddings)
+    return sums / sizes[:, None]
+
+
+class _Adapter:
+    """The map of *adapt*: z = (x - centre) @ W in closed form, then y = z + (z D) M D', with M learned from zero.
+
+    D holds the directions in which the base classes' means differ most, so M has few numbers to learn; and every photo
+    is projected on D once, before the first episode, so a step never touches the long embeddings.
     """
 
     starts_trained = True
@@ -521,46 +539,67 @@ class _Adapter:
         self.backbone = config.backbone
         self.generator = torch.Generator()  # adapt augments nothing
         rows = np.union1d(np.flatnonzero(base >= 0), validation.numpy())
-        self.place = torch.full((len(base),), -1, dtype=torch.long)
+        self.place = torch.full((len(base),), -1, dtype=torch.long)  # photo -> row of what is kept here
         self.place[torch.from_numpy(rows)] = torch.arange(len(rows))
+        self.place = self.place.to(device)
         used = torch.from_numpy(np.asarray(data.embeddings[rows], dtype=np.float32))
         if not bool(torch.isfinite(used).all()):
             raise DataError("some embeddings are no numbers; compute them again")
         self.frozen = F.normalize(used, dim=1).to(device)
-        trained_on = torch.from_numpy(base[rows] >= 0).to(device)
         labels = torch.from_numpy(base[rows]).to(device)
-        self.centre, self.map = closed_form(self.frozen[trained_on], labels[trained_on])
-        self.features = (self.frozen - self.centre) @ self.map
-        self.features /= (
-            self.features[trained_on].norm(dim=1).mean()
-        )  # so that the learning rate means the same everywhere
-        self.table = self.features @ self.features.mT if len(rows) <= TABLE_PHOTOS else None
-        rank = min(RANK, used.shape[1])
-        start = torch.Generator().manual_seed(config.seed)
-        down = torch.linalg.qr(torch.randn(used.shape[1], rank, generator=start)).Q
-        self.down = down.contiguous().to(device).requires_grad_()
-        self.up = torch.zeros(rank, used.shape[1], device=device, requires_grad=True)
+        self.trained_on = labels >= 0
+        self.labels = labels[self.trained_on]
+        self.centre, self.map = closed_form(self.frozen[self.trained_on], self.labels)
+        self.directions = principal_directions(self._features()[self.trained_on], self.labels, RANK)
+        self.inner = torch.zeros(self.directions.shape[1], self.directions.shape[1], device=device, requires_grad=True)
+        self._project_all()
 
     def parameters(self) -> list[Tensor]:
-        return [self.down, self.up]
+        return [self.inner]
 
     def cosines(self, photos: Tensor) -> Tensor:
-        """Of y = z + (z D) U, by multiplying out y y' = z z' + p q' + q p' + p (U U') p' with p = z D and q = z U'.
-
-        So the long embeddings are touched once, to get the short p and q; where the episodes of a step hold more photos
-        than there are, each distinct photo is projected once.
-        """
-        rows = self.place[photos].to(self.up.device)  # (b, p)
-        both = torch.cat([self.down, self.up.mT], dim=1)  # (dim, 2 rank)
-        if rows.numel() < len(self.features):
-            short = (self.features[rows.flatten()] @ both).unflatten(0, rows.shape)
-        else:
-            short = F.embedding(rows, self.features @ both)
-        p, q = short.chunk(2, dim=2)  # (b, p, rank) each
-        cross = torch.bmm(p, q.mT)
-        products = self._products(rows) + cross + cross.mT + torch.bmm(p @ (self.up @ self.up.mT), p.mT)
+        """By multiplying out y y' = z z' + p (M + M' + M M') p', with p = z D."""
+        rows = self.place[photos.to(self.place.device)]  # (b, p)
+        short = self.short[rows]  # (b, p, rank)
+        metric = self.inner + self.inner.mT + self.inner @ self.inner.mT
+        products = self._products(rows) + torch.bmm(short @ metric, short.mT)
         shrink = products.diagonal(dim1=1, dim2=2).clamp(min=1e-12).rsqrt()  # (b, p), 1 / length
         return products * shrink[:, :, None] * shrink[:, None, :]
+
+    def embed_frozen(self, photos: Tensor) -> Tensor:
+        return self.frozen[self.place[photos.to(self.place.device)]]
+
+    @torch.no_grad()
+    def embed_trained(self, photos: Tensor) -> Tensor:
+        rows = self.place[photos.to(self.place.device)]
+        return self.features[rows] + self.short[rows] @ self.inner @ self.directions.mT
+
+    def state(self) -> dict[str, Tensor]:
+        tensors = {name: getattr(self, name) for name in ("inner", "directions", "centre", "map")}
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name in ("inner", "directions", "centre", "map"):
+                getattr(self, name).copy_(state[name])
+        self._project_all()
+
+    def model(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        directions = state["directions"]
+        whole = state["map"] + (state["map"] @ directions) @ state["inner"] @ directions.mT  # (dim, dim)
+        card = {"backbone": self.backbone, "dim": len(whole), "applies": "normalise((normalise(x) - centre) @ map)"}
+        return {"centre": state["centre"], "map": whole}, card
+
+    def _features(self) -> Tensor:
+        """z, scaled to a length of about 1, so that a learning rate means the same for every backbone."""
+        z = (self.frozen - self.centre) @ self.map
+        return z / z[self.trained_on].norm(dim=1).mean()
+
+    def _project_all(self) -> None:
+        self.features = self._features()
+        self.short = self.features @ self.directions
+        small = len(self.features) <= TABLE_PHOTOS
+        self.table = self.features @ self.features.mT if small else None
 
     def _products(self, rows: Tensor) -> Tensor:
         """(b, p) -> (b, p, p), z z'; looked up where a table of all pairs is small enough to keep."""
@@ -568,31 +607,6 @@ class _Adapter:
             return self.table[rows[:, :, None], rows[:, None, :]]
         z = self.features[rows]
         return torch.bmm(z, z.mT)
-
-    def embed_frozen(self, photos: Tensor) -> Tensor:
-        return self.frozen[self.place[photos]]
-
-    @torch.no_grad()
-    def embed_trained(self, photos: Tensor) -> Tensor:
-        return self._project(photos)
-
-    def _project(self, photos: Tensor) -> Tensor:
-        z = self.features[self.place[photos].to(self.up.device)]  # (m, dim)
-        return F.normalize(z + (z @ self.down) @ self.up, dim=1)
-
-    def state(self) -> dict[str, Tensor]:
-        tensors = {"down": self.down, "up": self.up, "centre": self.centre, "map": self.map}
-        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name in ("down", "up", "centre", "map"):
-                getattr(self, name).copy_(state[name])
-
-    def model(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        whole = state["map"] + (state["map"] @ state["down"]) @ state["up"]  # (dim, dim)
-        card = {"backbone": self.backbone, "dim": len(whole), "applies": "normalise((normalise(x) - centre) @ map)"}
-        return {"centre": state["centre"], "map": whole}, card
 
 
 class _Network:
