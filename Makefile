@@ -4,8 +4,9 @@
 FOUND := $(foreach name,python3 python python3.14 python3.13 python3.12 python3.11,$(shell command -v $(name) 2>/dev/null))
 PYTHON ?= $(firstword $(FOUND))
 VENV := .venv/bin
-RUN_ENV := $(if $(PYTHON),$(PYTHON),python3) bootstrap.py run
-DEV_ENV := $(if $(PYTHON),$(PYTHON),python3) bootstrap.py dev
+BOOTSTRAP := $(if $(PYTHON),$(PYTHON) bootstrap.py,echo "Python 3.11 to 3.14 is needed, and there is none on PATH." >&2; false)
+RUN_ENV := $(BOOTSTRAP) run
+DEV_ENV := $(BOOTSTRAP) dev
 # The browser journeys use this Chromium; without one they are skipped, or with REQUIRE_BROWSER=1 they fail.
 ifndef CHROMIUM
 CHROMIUM := $(firstword $(foreach name,chromium chromium-browser google-chrome google-chrome-stable,$(shell command -v $(name) 2>/dev/null)) $(wildcard $(HOME)/.cache/ms-playwright/chromium-*/chrome-linux*/chrome))

@@ -11,6 +11,7 @@ import ctypes
 import datetime
 import errno
 import fcntl
+import hashlib
 import ipaddress
 import json
 import os
@@ -19,6 +20,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -30,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 DEATHS_ALLOWED, DEATHS_WINDOW_S = 5, 60.0
@@ -257,6 +259,31 @@ def environment(options: Options, own: Mapping[str, str], redis_url: str, env: M
     if env.get("ALLOWED_HOSTS"):
         told["ALLOWED_HOSTS"] += ",127.0.0.1"  # the supervisor itself asks /healthz/
     return told
+
+
+def fingerprints(options: Options, env: Mapping[str, str]) -> dict[str, str]:
+    """For `migrate` and `collectstatic` what their result depends on; empty where that cannot be told cheaply.
+
+    Each takes two or three seconds to find that it has nothing to do, which a start need not wait for.
+    """
+    code = [ROOT / "webapp" / "settings.py", *ROOT.glob("requirements/*.txt")]
+    database, applied = env["DATABASE_URL"], ""
+    if database.startswith("sqlite:///"):
+        with contextlib.suppress(sqlite3.Error):
+            path = quote(unquote(database.removeprefix("sqlite:///").partition("?")[0]))
+            with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+                applied = str(connection.execute("SELECT count(*), max(id) FROM django_migrations").fetchone())
+    collected = (options.data_dir / "static" / "staticfiles.json").exists()
+    return {
+        "migrate": applied and f"{database} {applied} {_tree([*code, *ROOT.glob('webapp/*/migrations/*.py')])}",
+        "collectstatic": _tree([*code, *ROOT.glob("static/**/*")]) if collected else "",
+    }
+
+
+def _tree(paths: Sequence[Path]) -> str:
+    stats = [(str(path), path.stat()) for path in sorted(paths) if path.is_file()]
+    lines = (f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 # --- The embedded server ---------------------------------------------------------------------------------------------
@@ -582,7 +609,14 @@ class Supervisor:
 
     def _prepare(self, redis: EmbeddedRedis | None) -> None:
         """All that the site and the workers need before they can start; what can run side by side does."""
-        steps = [self.keep(process, [sys.executable, *process.arguments]) for process in self.first]
+        stamp = self.options.data_dir / "prepared.json"
+        done, wanted = _read_json(stamp), fingerprints(self.options, self.env)
+        needed = [
+            process
+            for process in self.first
+            if not wanted.get(process.name) or wanted[process.name] != done.get(process.name)
+        ]
+        steps = [self.keep(process, [sys.executable, *process.arguments]) for process in needed]
         if redis:
             server = self.keep(REDIS, redis.command)
             while (why := ping_redis(redis.url)) is not None:
@@ -607,6 +641,8 @@ class Supervisor:
                 self.children.remove(step)
                 steps.remove(step)
             self._pause(0.02)
+        if needed:
+            stamp.write_text(json.dumps(fingerprints(self.options, self.env), indent=1))
 
     def _watch(self) -> None:
         is_ready = False
@@ -736,9 +772,13 @@ def _die_with_parent(number: int) -> Callable[[], None] | None:
 
 
 def _read_state(data_dir: Path) -> dict[str, Any]:
+    return _read_json(data_dir / "run.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        state = json.loads((data_dir / "run.json").read_text())
-        return state if isinstance(state, dict) else {}
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
     return {}
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -212,6 +214,39 @@ def test_certificate_is_kept_until_a_name_is_new_or_it_expires(tmp_path: Path) -
     assert second != first
     run.ensure_certificate(tmp_path, ["localhost"], NOW + datetime.timedelta(days=799))
     assert certificate.read_bytes() != second
+
+
+# What a second start leaves out ----------------------------------------------------------------------------------------
+
+
+def prepared(data_dir: Path, database: str = "") -> dict[str, str]:
+    return run.fingerprints(options(data_dir), {"DATABASE_URL": database or f"sqlite:///{data_dir}/db.sqlite3"})
+
+
+def test_database_is_migrated_again_once_it_is_another(tmp_path: Path) -> None:
+    assert prepared(tmp_path)["migrate"] == "", "there is none yet"
+    with contextlib.closing(sqlite3.connect(tmp_path / "db.sqlite3")) as database:
+        assert prepared(tmp_path)["migrate"] == "", "it is empty"
+        database.execute("CREATE TABLE django_migrations (id INTEGER PRIMARY KEY)")
+        database.execute("INSERT INTO django_migrations VALUES (1), (2)")
+        database.commit()
+        migrated = prepared(tmp_path)["migrate"]
+        assert migrated
+        assert prepared(tmp_path)["migrate"] == migrated
+        database.execute("DELETE FROM django_migrations WHERE id = 2")  # as after a backup is brought back
+        database.commit()
+    assert prepared(tmp_path)["migrate"] != migrated
+
+
+def test_database_server_is_always_asked(tmp_path: Path) -> None:
+    assert prepared(tmp_path, "postgres://u@h/d")["migrate"] == ""
+
+
+def test_static_files_are_collected_where_there_are_none(tmp_path: Path) -> None:
+    assert prepared(tmp_path)["collectstatic"] == ""
+    (tmp_path / "static").mkdir()
+    (tmp_path / "static" / "staticfiles.json").write_text("{}")
+    assert prepared(tmp_path)["collectstatic"] != ""
 
 
 # The embedded server --------------------------------------------------------------------------------------------------
