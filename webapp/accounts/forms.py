@@ -70,7 +70,8 @@ class ProfileForm(forms.Form):
     )
 
     def __init__(self, *args: Any, user: User, **kwargs: Any) -> None:
-        super().__init__(*args, initial={"name": user.name, "email": user.email}, **kwargs)
+        kwargs["initial"] = {"name": user.name, "email": user.email}
+        super().__init__(*args, **kwargs)
         self.user = user
 
     def clean_email(self) -> str:

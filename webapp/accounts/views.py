@@ -189,7 +189,7 @@ def people(request: HttpRequest) -> HttpResponse:
 def invite(request: HttpRequest) -> HttpResponse:
     form = InvitationForm(request.POST)
     if not form.is_valid():
-        messages.error(request, " ".join(form.errors["email"]))
+        messages.error(request, " ".join(str(error) for error in form.errors["email"]))
         return redirect("people")
     made, token = services.invite(_user(request), form.cleaned_data["email"])
     _show_once(request, "invitation", made.email, reverse("invitation", args=[token]))
