@@ -216,7 +216,7 @@ def test_certificate_is_kept_until_a_name_is_new_or_it_expires(tmp_path: Path) -
     assert certificate.read_bytes() != second
 
 
-# What a second start leaves out ----------------------------------------------------------------------------------------
+# What a second start leaves out ------------------------------------------------------------------------------------
 
 
 def prepared(data_dir: Path, database: str = "") -> dict[str, str]:
