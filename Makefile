@@ -20,7 +20,7 @@ COMPILE := uv pip compile --quiet --universal --generate-hashes --python-version
 
 NO_BROWSER := echo "*** NO CHROMIUM: THE BROWSER JOURNEYS ARE SKIPPED. Install one (Debian: apt install chromium), or say where it is: make test CHROMIUM=/path ***"
 
-.PHONY: help run manage test test-fast test-reliability bench check fmt lock clean
+.PHONY: help run manage test test-fast test-reliability bench check types fmt lock clean
 
 help:
 	@echo "make run               set up what is missing, start everything, print the address (PORT, HOST, DATA_DIR)"
@@ -62,10 +62,13 @@ check:
 	@$(DEV_ENV)
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
+	$(VENV)/lint-imports
+	@$(MAKE) --no-print-directory types
+	$(STANDALONE) $(VENV)/python manage.py makemigrations --check --dry-run
+
+types:
 	@mkdir -p build/check
 	$(STANDALONE) $(VENV)/mypy bootstrap.py webapp worker fewshot_engine
-	$(VENV)/lint-imports
-	$(STANDALONE) $(VENV)/python manage.py makemigrations --check --dry-run
 
 fmt:
 	@$(DEV_ENV)

@@ -460,3 +460,14 @@ def test_compose_starts_the_same_processes() -> None:
         assert service["command"] == ["python", *process.arguments, *bound]
         assert service["stop_grace_period"] == f"{process.grace_s}s"
         assert service["environment"].items() >= process.env.items()
+
+
+# Documentation --------------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_is_in_the_readme() -> None:
+    read = re.findall(r'env\.\w+\(\s*"([A-Z_]+)"', (ROOT / "webapp" / "settings.py").read_text())
+    read += re.findall(r'env\.get\("([A-Z_]+)"', (ROOT / "webapp" / "run.py").read_text())
+    documented = re.findall(r"^\| `([A-Z_]+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(read) > 10
+    assert set(read) == set(documented)
