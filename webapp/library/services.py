@@ -18,6 +18,7 @@ from django.core.files.base import File
 from django.core.files.storage import default_storage
 from django.db import transaction
 from django.db.models import Max
+from django.utils import timezone
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
@@ -69,6 +70,15 @@ def create_collection(
 ) -> Collection:
     name = " ".join(name.split())[:120] or _("Untitled collection")
     return Collection.objects.create(owner=owner, name=name, purpose=purpose)
+
+
+def rename_collection(collection: Collection, name: str) -> None:
+    Collection.objects.filter(pk=collection.pk).update(name=" ".join(name.split())[:120])
+
+
+def set_deleted(collection: Collection, *, deleted: bool) -> None:
+    """Put a collection away, or bring it back; its photos stay where label sets use them."""
+    Collection.objects.filter(pk=collection.pk).update(deleted_at=timezone.now() if deleted else None)
 
 
 def open_import(
