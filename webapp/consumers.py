@@ -16,7 +16,7 @@ REPLAY = 500  # events a message
 LOGGED_OUT = 4401
 
 
-class LiveConsumer(AsyncJsonWebsocketConsumer):
+class LiveConsumer(AsyncJsonWebsocketConsumer):  # type: ignore[misc]
     """Speaks JSON. The browser sends `{"subscribe": {job id: last number seen}}`, `{"unsubscribe": [job id]}` or
     `{"refresh": [job id]}`, which asks how the active jobs and the named ones stand.
 
@@ -96,13 +96,13 @@ class LiveConsumer(AsyncJsonWebsocketConsumer):
         await self.close(LOGGED_OUT)
 
 
-@database_sync_to_async
+@database_sync_to_async  # type: ignore[untyped-decorator]
 def _owns(user_id: Any, job_id: str) -> bool:
     pk = _uuid(job_id)
     return pk is not None and Job.objects.filter(pk=pk, owner_id=user_id).exists()
 
 
-@database_sync_to_async
+@database_sync_to_async  # type: ignore[untyped-decorator]
 def _standing(user_id: Any, job_ids: list[str]) -> dict[str, Any]:
     own = Job.objects.filter(owner_id=user_id)
     asked = own.filter(pk__in=[pk for pk in map(_uuid, job_ids) if pk is not None]).exclude(state__in=Job.ACTIVE)
@@ -121,7 +121,7 @@ def _uuid(text: str) -> UUID | None:
     return pk if str(pk) == text else None
 
 
-@database_sync_to_async
+@database_sync_to_async  # type: ignore[untyped-decorator]
 def _events_after(job_id: str, last: int) -> list[dict[str, Any]]:
     rows = Event.objects.filter(job_id=job_id, number__gt=last).order_by("number")[:REPLAY]
     return [live.as_message(event) for event in rows]

@@ -101,6 +101,11 @@ class TrainingRun(models.Model):
     def folder(self) -> str:
         return f"runs/{self.pk}"
 
+    @property
+    def baseline_episodes(self) -> int:
+        """How many episodes every score of the run is made on."""
+        return int((self.baseline or {}).get("episodes", 0))
+
     def train_config(self) -> TrainConfig:
         return TrainConfig.from_dict(self.config)
 
@@ -126,3 +131,11 @@ class Metric(models.Model):
 
     def __str__(self) -> str:
         return f"{self.kind} at {self.episode}"
+
+    @property
+    def percent(self) -> float | None:
+        return None if self.accuracy is None else 100 * self.accuracy
+
+    @property
+    def margin(self) -> float | None:
+        return None if self.ci95 is None else 100 * self.ci95

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 from django.db import transaction
-from django.db.models import Count
+from django.db.models import Avg, Count, F, Max
 from django.utils.translation import gettext as _
 
 from fewshot_engine.config import TrainConfig
 from webapp.accounts.models import User
 from webapp.jobs.models import Job
-from webapp.jobs.services import Claim, create_job, fenced, record, wake
-from webapp.library.models import Collection
+from webapp.jobs.services import Claim, create_job, fenced, record, retry, wake
+from webapp.library.models import Category, Collection
 from webapp.training.models import Metric, Model, TrainingRun
+
+GOOD_CLASSES, GOOD_PHOTOS = 20, 20
+CURVE_POINTS = 600
 
 
 class TrainingError(Exception):
@@ -25,6 +30,45 @@ def class_sizes(collection: Collection) -> dict[int, tuple[str, int]]:
     """Category id -> (path, photos of its own); categories that hold no photos themselves are no classes."""
     rows = collection.categories.annotate(n=Count("photos")).filter(n__gt=0).order_by("key")
     return {pk: (path, n) for pk, path, n in rows.values_list("pk", "path", "n")}
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """What a collection's class sizes allow: `level` is good, warn or bad."""
+
+    classes: int
+    photos: int
+    large: int
+    level: str
+    sentence: str
+
+
+def readiness(sizes: Iterable[int]) -> Readiness:
+    """Is training on classes of these sizes worth it? The bounds are the specification's."""
+    counts = list(sizes)
+    large = sum(n >= GOOD_PHOTOS for n in counts)
+    if sum(n >= 2 for n in counts) < 2:
+        level, sentence = "bad", _("Training needs categories: at least 2 with 2 photos each, better 20 with 20.")
+    elif large >= 2 * GOOD_CLASSES:
+        level, sentence = "good", _("Well suited: many categories with enough photos.")
+    elif large >= GOOD_CLASSES:
+        level, sentence = "good", _("Suited: more categories would carry over better to new ones.")
+    else:
+        level, sentence = (
+            "warn",
+            _("Small: training pays from about %(classes)d categories with %(photos)d photos each.")
+            % {"classes": GOOD_CLASSES, "photos": GOOD_PHOTOS},
+        )
+    return Readiness(len(counts), sum(counts), large, level, sentence)
+
+
+def sizes_of(collections: Sequence[Collection]) -> dict[UUID, list[int]]:
+    """Collection id -> photos of each of its classes, in one query."""
+    found: dict[UUID, list[int]] = {collection.pk: [] for collection in collections}
+    rows = Category.objects.filter(collection__in=collections).annotate(n=Count("photos")).filter(n__gt=0)
+    for pk, n in rows.order_by().values_list("collection_id", "n"):
+        found[pk].append(n)
+    return found
 
 
 def notes_for(collection: Collection, config: TrainConfig) -> list[str]:
@@ -100,8 +144,45 @@ def start_run(
 
 
 def continue_run(run: TrainingRun) -> None:
-    """Go on with a run that failed or was cancelled, from its last checkpoint."""
-    wake(run.job_id)
+    """Go on with a run that failed or was cancelled, from its last checkpoint.
+
+    Raises:
+        TrainingError: it did neither.
+    """
+    if not retry(run.job):
+        raise TrainingError(_("There is nothing to go on with: the run is finished, or goes on already."))
+
+
+def rename_run(run: TrainingRun, name: str) -> None:
+    """Name a run, its job and the model it made."""
+    name = " ".join(name.split())[:120]
+    if not name:
+        raise TrainingError(_("A run needs a name."))
+    with transaction.atomic():
+        TrainingRun.objects.filter(pk=run.pk).update(name=name)
+        Model.objects.filter(run=run).update(name=name)
+        Job.objects.filter(pk=run.job_id).update(title=(_("Training %(name)s") % {"name": name})[:200])
+
+
+def curves(run: TrainingRun) -> dict[str, Any]:
+    """What the charts draw: every evaluation, and the steps averaged into at most CURVE_POINTS."""
+    total = run.train_config().total_episodes
+    evaluations = run.metrics.filter(kind=Metric.Kind.EVALUATION).values_list("episode", "accuracy", "ci95")
+    steps = (
+        run.metrics.filter(kind=Metric.Kind.STEP)
+        .order_by()
+        .values(bucket=F("episode") * CURVE_POINTS / total)
+        .annotate(last=Max("episode"), mean=Avg("loss"))
+        .order_by("last")
+        .values_list("last", "mean")
+    )
+    return {
+        "total": total,
+        "way": (run.baseline or run.config["episode"])["way"],
+        "baseline": run.baseline["accuracy"] if run.baseline else None,
+        "evaluations": [list(row) for row in evaluations],
+        "steps": [[episode, round(loss, 5)] for episode, loss in steps],
+    }
 
 
 # What the worker brings back ----------------------------------------------------------------------
@@ -137,7 +218,7 @@ def save_metric(
 ) -> None:
     """A point of the curves, once however often its episode is run, with the job's progress and its event."""
     with fenced(claim, **changes):
-        values = {name: event[name] for name in ("epoch", "loss", "accuracy", "ci95") if name in event}
+        values: dict[str, Any] = {name: event[name] for name in ("epoch", "loss", "accuracy", "ci95") if name in event}
         Metric.objects.update_or_create(run=run, kind=kind, episode=episode, defaults=values)
         if event.get("best"):
             best = {name: event[name] for name in ("accuracy", "ci95", "way", "shot", "query", "episodes", "episode")}
