@@ -47,7 +47,8 @@ class Recipe:
             backbone = self.card.get("backbone")
             raise CheckpointError(f"embeddings are {embeddings.shape}; {backbone} gives (n, {len(self.centre)})")
         unit = _unit(np.asarray(embeddings, dtype=np.float32))
-        return _unit((unit - self.centre) @ self.map)
+        moved: NDArray[np.float32] = np.matmul(unit - self.centre, self.map, dtype=np.float32)
+        return _unit(moved)
 
 
 def load_recipe(path: Path) -> Recipe:

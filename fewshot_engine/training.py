@@ -512,7 +512,8 @@ def principal_directions(embeddings: Tensor, labels: Tensor, rank: int) -> Tenso
     _, index = torch.unique(labels, return_inverse=True)
     means = class_means(embeddings.double(), index)
     _, values, directions = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False)
-    return directions[: max(1, min(rank, int((values > 1e-9 * values[0]).sum())))].mT.float().contiguous()
+    kept: Tensor = directions[: max(1, min(rank, int((values > 1e-9 * values[0]).sum())))]
+    return kept.mT.float().contiguous()
 
 
 def class_means(embeddings: Tensor, index: Tensor) -> Tensor:
@@ -593,7 +594,8 @@ class _Adapter:
     def _features(self) -> Tensor:
         """z, scaled to a length of about 1, so that a learning rate means the same for every backbone."""
         z = (self.frozen - self.centre) @ self.map
-        return z / z[self.trained_on].norm(dim=1).mean()
+        length: Tensor = torch.linalg.vector_norm(z[self.trained_on], dim=1).mean()
+        return z / length
 
     def _project_all(self) -> None:
         self.features = self._features()
