@@ -10,7 +10,7 @@ from webapp.accounts import urls as accounts_urls
 urlpatterns = [
     path("", views.home, name="home"),
     path("healthz/", health.healthz, name="healthz"),
-    path("jsi18n/", JavaScriptCatalog.as_view(packages=["webapp"]), name="javascript-catalog"),
+    path("jsi18n/", JavaScriptCatalog.as_view(), name="javascript-catalog"),
     path("", include(accounts_urls)),
     path("", include("webapp.library.urls")),
     path("", include("webapp.labelsets.urls")),

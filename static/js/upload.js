@@ -1,6 +1,6 @@
 // Photos on their way to the server: a manifest says what is there, each photo goes up in one PUT that can be repeated,
 // a zip in hashed chunks. Losing the network costs time and nothing else; the same files again go on where it stopped.
-import { request, RequestError } from "./app.js";
+import { element, request, RequestError } from "./app.js";
 
 const PARALLEL = 5;
 const HASHING = 4;
@@ -123,6 +123,21 @@ export function timeLeft(seconds) {
   if (seconds < 90) return fill(gettext("%(n)s s left"), { n: Math.max(1, Math.round(seconds)) });
   if (seconds < 5400) return fill(gettext("%(n)s min left"), { n: Math.round(seconds / 60) });
   return fill(gettext("%(n)s h left"), { n: (seconds / 3600).toFixed(1) });
+}
+
+/** Fill a card with a bar for an upload; answers {update(progress), say(sentence), signal}. Its button stops the upload. */
+export function showSending(card, title) {
+  const stop = new AbortController();
+  const bar = element("progress", { class: "meter thick", max: 1 });
+  const line = element("small");
+  const button = element("button", { type: "button", class: "button small", onclick: () => stop.abort() }, gettext("Stop"));
+  card.replaceChildren(element("div", { class: "row spread" }, element("h2", {}, title), button), bar, line);
+  card.hidden = false;
+  const update = (progress) => {
+    if (progress.bytes) bar.value = progress.bytesDone / progress.bytes;
+    line.textContent = describeProgress(progress);
+  };
+  return { update, signal: stop.signal, say: (sentence) => { line.textContent = sentence; }, end: () => button.remove() };
 }
 
 class Sending {

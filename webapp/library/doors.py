@@ -102,10 +102,10 @@ def body_of(request: HttpRequest) -> Iterator[bytes]:
         yield piece
 
 
-def begin_import(batch: Import, opening: Opening, *, page_url: str = "") -> JsonResponse:
+def begin_import(batch: Import, opening: Opening) -> dict[str, Any]:
     """Take the first manifest of a fresh import and answer all that the browser needs to send the rest."""
     files = add_to_manifest(batch, opening.entries) if opening.entries else []
-    return JsonResponse(describe_import(batch, files, page_url=page_url), status=HTTPStatus.CREATED)
+    return describe_import(batch, files)
 
 
 def describe_import(batch: Import, files: Iterable[ImportFile], *, page_url: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 from uuid import UUID
 
@@ -9,6 +10,7 @@ from django.core.paginator import Paginator
 from django.db import transaction
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import get_object_or_404
+from django.urls import reverse
 
 from webapp.library.doors import (
     begin_import,
@@ -40,7 +42,8 @@ def start(request: HttpRequest) -> HttpResponse:
     with transaction.atomic():
         collection = create_collection(person(request), opening.name)
         batch = open_import(collection, archive_name=opening.archive_name, archive_size=opening.archive_size)
-        return begin_import(batch, opening)
+        more = {"openUrl": reverse("library:open-import", args=[collection.pk])}
+        return JsonResponse(begin_import(batch, opening) | more, status=HTTPStatus.CREATED)
 
 
 @json_door("POST")
@@ -49,7 +52,7 @@ def open_into(request: HttpRequest, collection_id: UUID) -> HttpResponse:
     collection = get_object_or_404(Collection.objects.of(person(request)).shown(), pk=collection_id)
     opening = read_opening(request)
     batch = open_import(collection, archive_name=opening.archive_name, archive_size=opening.archive_size)
-    return begin_import(batch, opening)
+    return JsonResponse(begin_import(batch, opening), status=HTTPStatus.CREATED)
 
 
 @json_door("POST")
