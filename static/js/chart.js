@@ -35,7 +35,7 @@ export function lineChart(box, { tone, unit = "", digits = 1, total, hasBand = f
     return {
       width: box.clientWidth || 320,
       height: box.clientHeight || 240,
-      padding: [8, 12, 0, 0],
+      padding: [8, 24, 0, 0],
       legend: { show: false },
       cursor: { y: false, drag: { x: false, y: false }, points: { size: 9, fill: () => colours.tone, stroke: () => colours.card } },
       scales: { x: { time: false, range: () => [0, total] }, y: { range: () => heights() } },

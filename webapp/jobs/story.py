@@ -33,14 +33,19 @@ def tell(events: Iterable[Event]) -> list[Line]:
     return lines
 
 
+def figure(value: float, digits: int = 0) -> str:
+    """A number in the reader's language, rounded; Django's own `number_format` cuts digits off."""
+    return str(number_format(round(value, digits), digits, force_grouping=True))
+
+
 def percent(share: float) -> str:
     """0.714 -> "71.4 %"."""
-    return f"{number_format(100 * share, 1)} %"
+    return f"{figure(100 * share, 1)} %"
 
 
 def plus_minus(score: dict[str, Any]) -> str:
     """ "71.4 % ± 0.9"."""
-    return f"{percent(score['accuracy'])} ± {number_format(100 * score['ci95'], 1)}"
+    return f"{percent(score['accuracy'])} ± {figure(100 * score['ci95'], 1)}"
 
 
 Data = dict[str, Any]
@@ -58,7 +63,7 @@ def _started(data: Data) -> list[str]:
     plan, held_out = data["plan"], len(data["plan"].get("validation_classes", ()))
     classes = held_out + len(plan.get("base_classes", ()))
     if data.get("resumed_at"):
-        return [_("Going on from episode %(n)s.") % {"n": number_format(data["resumed_at"], force_grouping=True)}]
+        return [_("Going on from episode %(n)s.") % {"n": figure(data["resumed_at"])}]
     lines = [
         _("Held %(held)d of %(all)d classes out; no photo of theirs is trained on.")
         % {"held": held_out, "all": classes}
@@ -78,7 +83,7 @@ def _started(data: Data) -> list[str]:
 
 
 def _evaluation(data: Data) -> list[str]:
-    words = {"score": plus_minus(data), "n": number_format(data["episode"], force_grouping=True)}
+    words = {"score": plus_minus(data), "n": figure(data["episode"])}
     if data["episode"] == 0:
         return [_("Before the first episode, in closed form: %(score)s.") % words]
     if data.get("best"):
@@ -87,7 +92,7 @@ def _evaluation(data: Data) -> list[str]:
 
 
 def _saved(data: Data) -> list[str]:
-    return [_("Checkpoint kept at episode %(n)s.") % {"n": number_format(data["episode"], force_grouping=True)}]
+    return [_("Checkpoint kept at episode %(n)s.") % {"n": figure(data["episode"])}]
 
 
 def _finished(data: Data) -> list[str]:

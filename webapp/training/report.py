@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from django.utils.formats import number_format
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
 from fewshot_engine.config import TrainConfig
 from webapp.jobs.models import Event, Job
-from webapp.jobs.story import Line, percent, plus_minus, tell
+from webapp.jobs.story import Line, figure, percent, plus_minus, tell
 from webapp.library.models import Collection
 from webapp.training.forms import TYPICAL_RATE
 from webapp.training.models import Metric, TrainingRun
@@ -43,7 +42,7 @@ def outlook(collection: Collection, config: TrainConfig | None) -> Outlook:
         "%(total)s episodes in %(epochs)s. Each draws %(way)d categories with %(shot)d support and up to %(query)d "
         "query images; guessing would be right in %(chance)s."
     ) % {
-        "total": number_format(config.total_episodes, force_grouping=True),
+        "total": figure(config.total_episodes),
         "epochs": ngettext("%(n)d epoch", "%(n)d epochs", config.epochs) % {"n": config.epochs},
         "way": episode.way,
         "shot": episode.shot,
@@ -102,11 +101,11 @@ class RunReport:
 
     @property
     def accuracy(self) -> str:
-        return number_format(100 * self.run.best["accuracy"], 1) if self.run.best else ""
+        return figure(100 * self.run.best["accuracy"], 1) if self.run.best else ""
 
     @property
     def ci95(self) -> str:
-        return number_format(100 * self.run.best["ci95"], 1) if self.run.best else ""
+        return figure(100 * self.run.best["ci95"], 1) if self.run.best else ""
 
     @property
     def best_text(self) -> str:
@@ -122,7 +121,7 @@ class RunReport:
 
     @property
     def baseline_ci95(self) -> str:
-        return number_format(100 * self.run.baseline["ci95"], 1) if self.run.baseline else ""
+        return figure(100 * self.run.baseline["ci95"], 1) if self.run.baseline else ""
 
     @property
     def bars(self) -> list[tuple[str, str, str, str]]:
@@ -154,7 +153,7 @@ class RunReport:
     def gain_text(self) -> str:
         if self.gain is None:
             return ""
-        points = number_format(abs(self.gain), 1)
+        points = figure(abs(self.gain), 1)
         if self.gain >= 0.05:
             return _("%(points)s above the untrained backbone") % {"points": points}
         if self.gain <= -0.05:
@@ -182,17 +181,17 @@ class RunReport:
 
     @property
     def loss(self) -> str:
-        return number_format(self.last_step["loss"], 2) if self.last_step else ""
+        return figure(self.last_step["loss"], 2) if self.last_step else ""
 
     @property
     def guessing_loss(self) -> str:
         """The cross-entropy of guessing: ln N."""
-        return number_format(math.log((self.run.baseline or self.run.config["episode"])["way"]), 2)
+        return figure(math.log((self.run.baseline or self.run.config["episode"])["way"]), 2)
 
     @property
     def speed(self) -> str:
         rate = self.last_step.get("episodes_per_s", 0)
-        return number_format(rate, 0 if rate >= 10 else 1, force_grouping=True) if rate else ""
+        return figure(rate, 0 if rate >= 10 else 1) if rate else ""
 
     @property
     def time_left(self) -> str:
@@ -243,7 +242,7 @@ class RunReport:
                 ),
                 "warn",
             )
-        words = {"points": number_format(abs(self.gain), 1), "n": self.run.baseline_episodes, "way_shot": self.way_shot}
+        words = {"points": figure(abs(self.gain), 1), "n": self.run.baseline_episodes, "way_shot": self.way_shot}
         if self.gain <= 0:
             return Verdict(
                 _("Not so far"),

@@ -18,7 +18,7 @@ from webapp.jobs.services import Claim, create_job, fenced, record, retry, wake
 from webapp.library.models import Category, Collection
 from webapp.training.models import Metric, Model, TrainingRun
 
-GOOD_CLASSES, GOOD_PHOTOS = 20, 20
+USUAL_WAYS, GOOD_CLASSES, GOOD_PHOTOS = 5, 20, 20
 CURVE_POINTS = 600
 
 
@@ -47,16 +47,22 @@ def readiness(sizes: Iterable[int]) -> Readiness:
     """Is training on classes of these sizes worth it? The bounds are the specification's."""
     counts = list(sizes)
     large = sum(n >= GOOD_PHOTOS for n in counts)
-    if sum(n >= 2 for n in counts) < 2:
-        level, sentence = "bad", _("Training needs categories: at least 2 with 2 photos each, better 20 with 20.")
+    if sum(n > 1 for n in counts) < USUAL_WAYS:
+        level, sentence = (
+            "bad",
+            _(
+                "Episodes usually take %(ways)d categories; training pays from about %(classes)d with %(photos)d photos each."
+            )
+            % {"ways": USUAL_WAYS, "classes": GOOD_CLASSES, "photos": GOOD_PHOTOS},
+        )
     elif large >= 2 * GOOD_CLASSES:
-        level, sentence = "good", _("Well suited: many categories with enough photos.")
+        level, sentence = "good", _("Many categories with enough photos: what is learned will carry over.")
     elif large >= GOOD_CLASSES:
-        level, sentence = "good", _("Suited: more categories would carry over better to new ones.")
+        level, sentence = "good", _("Enough to train on; more categories would carry over better to new ones.")
     else:
         level, sentence = (
             "warn",
-            _("Small: training pays from about %(classes)d categories with %(photos)d photos each.")
+            _("Training pays from about %(classes)d categories with %(photos)d photos each.")
             % {"classes": GOOD_CLASSES, "photos": GOOD_PHOTOS},
         )
     return Readiness(len(counts), sum(counts), large, level, sentence)
@@ -221,8 +227,8 @@ def save_metric(
         values: dict[str, Any] = {name: event[name] for name in ("epoch", "loss", "accuracy", "ci95") if name in event}
         Metric.objects.update_or_create(run=run, kind=kind, episode=episode, defaults=values)
         if event.get("best"):
-            best = {name: event[name] for name in ("accuracy", "ci95", "way", "shot", "query", "episodes", "episode")}
-            TrainingRun.objects.filter(pk=run.pk).update(best=best)
+            best = {name: event[name] for name in ("accuracy", "ci95", "way", "shot", "query", "episodes")}
+            TrainingRun.objects.filter(pk=run.pk).update(best={**best, "episode": episode})
         record(claim.job_id, str(kind), episode=episode, **event)
 
 
