@@ -211,7 +211,7 @@ class Intake(models.Model):
         on_delete=models.SET_NULL,
         null=True,
         related_name="+",
-        help_text="the example that these come instead of",
+        help_text="the example that they take the place of",
     )
     classification = models.ForeignKey(Classification, on_delete=models.CASCADE, null=True, related_name="intakes")
 

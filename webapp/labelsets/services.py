@@ -166,17 +166,22 @@ def set_reject_above(label_set: LabelSet, value: float) -> None:
     LabelSet.objects.filter(pk=label_set.pk).update(reject_above=value)
 
 
-def open_example_intake(label: Label, *, instead_of: Example | None = None) -> Import:
-    """An upload whose photos become examples of a label, once they are taken in, in one new version."""
+def open_example_intake(
+    label: Label, *, instead_of: Example | None = None, archive: tuple[str, int] = ("", 0)
+) -> Import:
+    """An upload whose photos become examples of a label, once they are taken in, in one new version.
+
+    `archive` is the name and the size in bytes of a zip that they come in.
+    """
     if label.to_version is not None:
         raise LabelSetError(_("The label “%(name)s” was removed; bring it back first.") % {"name": label.name})
     title = _("Examples of %(name)s") % {"name": label.name}
-    return _open_intake(label.label_set, title=title, label=label, replaces=instead_of)
+    return _open_intake(label.label_set, archive, title=title, label=label, replaces=instead_of)
 
 
-def open_query_intake(classification: Classification) -> Import:
+def open_query_intake(classification: Classification, *, archive: tuple[str, int] = ("", 0)) -> Import:
     """An upload whose photos are classified as they come."""
-    return _open_intake(classification.label_set, title=classification.name, classification=classification)
+    return _open_intake(classification.label_set, archive, title=classification.name, classification=classification)
 
 
 def classify_drop(label_set: LabelSet, *, top_k: int = 3) -> Classification:
@@ -370,9 +375,17 @@ def _create_classification(
     return batch
 
 
-def _open_intake(label_set: LabelSet, *, title: str, **aim: Any) -> Import:
+def _open_intake(label_set: LabelSet, archive: tuple[str, int], *, title: str, **aim: Any) -> Import:
+    name, size = archive
     with transaction.atomic():
-        batch = open_import(label_set.drops, title=title, url=label_set.get_absolute_url(), queue=Job.Queue.INTERACTIVE)
+        batch = open_import(
+            label_set.drops,
+            title=title,
+            url=label_set.get_absolute_url(),
+            queue=Job.Queue.INTERACTIVE,
+            archive_name=name,
+            archive_size=size,
+        )
         Intake.objects.create(batch=batch, label_set=label_set, **aim)
     return batch
 
@@ -406,7 +419,8 @@ def _require_examples(label_set: LabelSet) -> None:
         raise LabelSetError(
             ngettext(
                 "The %(n)d label of “%(name)s” has no example yet. Give it one photo or more, then classify.",
-                "None of the %(n)d labels of “%(name)s” has an example yet. Give one photo or more to each, then classify.",
+                "None of the %(n)d labels of “%(name)s” has an example yet. "
+                "Give one photo or more to each, then classify.",
                 n,
             )
             % {"n": n, "name": label_set.name}
