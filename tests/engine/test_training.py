@@ -1,0 +1,351 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fewshot_engine import checkpoints, training
+from fewshot_engine.config import EpisodeConfig, TrainConfig
+from fewshot_engine.datasets import ClassSplit
+from fewshot_engine.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
+from fewshot_engine.evaluation import evaluate
+from fewshot_engine.recipes import apply_recipe, load_model
+from fewshot_engine.training import (
+    Evaluated,
+    Finished,
+    Saved,
+    Started,
+    Step,
+    TrainData,
+    augment,
+    closed_form,
+    meta_train,
+    principal_directions,
+    prototypical_loss,
+)
+
+EPISODE = EpisodeConfig(way=3, shot=2, query=4)
+ADAPT = TrainConfig(
+    kind="adapt", episode=EPISODE, epochs=2, episodes_per_epoch=20, learning_rate=1e-3, eval_episodes=60
+)
+FULL = TrainConfig(
+    kind="full",
+    backbone="conv4",
+    image_size=28,
+    episode=EPISODE,
+    epochs=2,
+    episodes_per_epoch=6,
+    eval_episodes=60,
+    flips=False,
+)
+
+
+def nuisance_embeddings(n_classes=14, photos=12, dim=24, seed=0):
+    """Classes differ in 6 directions, but photos of one class differ more in 6 others: adapting must find out."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(n_classes), photos)
+    x = 0.1 * rng.standard_normal((len(labels), dim))
+    x[:, :6] += rng.standard_normal((n_classes, 6))[labels]
+    x[:, 6:12] += 1.5 * rng.standard_normal((len(labels), 6))
+    x[:, 12] += 5  # what all photos share, which centring takes away
+    return TrainData(tuple(f"c{i}" for i in range(n_classes)), labels, embeddings=x.astype(np.float32))
+
+
+def bars(n_classes=10, photos=10, size=28, seed=0):
+    """A bar at an angle for each class, at any place and in any colour."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(n_classes), photos)
+    y, x = np.mgrid[:size, :size] - size / 2
+    pictures = np.empty((len(labels), size, size, 3), dtype=np.uint8)
+    for i, label in enumerate(labels):
+        angle, shift = np.pi * label / n_classes, rng.uniform(-5, 5)
+        bar = np.abs(x * np.sin(angle) - y * np.cos(angle) - shift) < 2
+        pictures[i] = np.where(bar[..., None], rng.integers(0, 120, 3), rng.integers(150, 255, 3))
+    return TrainData(tuple(f"c{i}" for i in range(n_classes)), labels, pixels=pictures)
+
+
+def reports(config, data, path, **options):
+    return list(meta_train(config, data, checkpoint=path, device="cpu", threads=1, **options))
+
+
+def of_kind(found, kind):
+    return [report for report in found if isinstance(report, kind)]
+
+
+def test_adapting_learns_what_a_class_is(tmp_path):
+    data = nuisance_embeddings()
+    found = reports(ADAPT, data, tmp_path / "run.safetensors")
+    started, finished = found[0], found[-1]
+    assert isinstance(started, Started)
+    assert isinstance(finished, Finished)
+    assert finished.recommends == "trained"
+    assert finished.best.accuracy > started.baseline.accuracy + 0.1
+    assert (finished.best.way, finished.best.shot, finished.best.query) == (3, 2, 4)
+    assert not finished.best.optimistic
+    assert not set(started.base_classes) & set(started.validation_classes)
+    assert [report.epoch for report in of_kind(found, Evaluated)] == [0, 1, 2]
+    assert max(e.score.accuracy for e in of_kind(found, Evaluated)) == finished.best.accuracy
+
+    # The model on disk gives what the run measured, without torch.
+    adapted = apply_recipe(finished.model, data.embeddings)
+    assert np.linalg.norm(adapted, axis=1) == pytest.approx(1, abs=1e-5)
+    held_out = np.isin(data.labels, [data.classes.index(name) for name in started.validation_classes])
+    options = {"way": 3, "shot": 2, "query": 4, "episodes": 60, "seed": ADAPT.seed + training.EVALUATION_SEED}
+    again = evaluate(adapted[held_out], data.labels[held_out], **options)
+    assert again.accuracy == pytest.approx(finished.best.accuracy, abs=0.01)
+    card = json.loads((finished.model / "model.json").read_text())
+    assert (card["kind"], card["recommends"], card["chance"]) == ("adapt", "trained", 1 / 3)
+    assert card["config"] == ADAPT.to_dict()
+
+
+def test_full_training_learns_from_pixels(tmp_path):
+    config = TrainConfig(**{**FULL.__dict__, "epochs": 1, "episodes_per_epoch": 60, "learning_rate": 3e-3})
+    found = reports(config, bars(), tmp_path / "run.safetensors")
+    finished = found[-1]
+    assert finished.recommends == "trained"
+    assert finished.best.accuracy > finished.baseline.accuracy + 0.1
+    tensors, card = load_model(finished.model)
+    assert (card["backbone"], card["image_size"], card["dim"]) == ("conv4", 28, 64)
+    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(("config", "data"), [(ADAPT, nuisance_embeddings()), (FULL, bars())], ids=["adapt", "full"])
+@pytest.mark.parametrize("stop_after", ["epoch", "middle"])
+def test_resuming_is_bit_for_bit(tmp_path, config, data, stop_after, monkeypatch):
+    straight = reports(config, data, tmp_path / "straight.safetensors")
+    if stop_after == "middle":  # a checkpoint after every step, and a stop within an epoch
+        monkeypatch.setattr(training, "CHECKPOINT_EVERY_S", -1.0)
+    run = meta_train(config, data, checkpoint=tmp_path / "stopped.safetensors", device="cpu", threads=1)
+    wanted = config.episodes_per_epoch + (3 if stop_after == "middle" else 0)
+    for report in run:
+        if isinstance(report, Saved) and report.episode == wanted:
+            break
+    run.close()
+    monkeypatch.undo()
+    torch.manual_seed(12345)  # nothing may depend on the global generator
+    path = tmp_path / "resumed.safetensors"
+    resumed = reports(config, data, path, resume=tmp_path / "stopped.safetensors")
+    assert resumed[0].resumed_at == wanted
+    assert resumed[0].baseline == straight[0].baseline
+    assert resumed[-1].best == straight[-1].best
+    ones, one_meta = checkpoints.load(tmp_path / "straight.safetensors")
+    others, other_meta = checkpoints.load(path)
+    assert one_meta == other_meta
+    assert ones.keys() == others.keys()
+    for name in ones.keys() - {"sums"}:  # since the last Step, and Steps follow the clock
+        assert np.array_equal(ones[name], others[name]), name
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
+    def weights(seed, name):
+        config = TrainConfig(**{**ADAPT.__dict__, "seed": seed})
+        data = TrainData(**{**nuisance_embeddings().__dict__, "split": ClassSplit(tuple(range(10)), (10, 11, 12, 13))})
+        reports(config, data, tmp_path / name)
+        return checkpoints.load(tmp_path / name)[0]["learner.inner"]
+
+    assert np.array_equal(weights(1, "a"), weights(1, "b"))
+    assert not np.array_equal(weights(1, "a"), weights(2, "c"))
+
+
+def test_a_resumed_run_must_be_the_same_run(tmp_path):
+    path = tmp_path / "run.safetensors"
+    reports(ADAPT, nuisance_embeddings(), path)
+    other = TrainConfig(**{**ADAPT.__dict__, "learning_rate": 1e-4})
+    with pytest.raises(CheckpointError, match="from another run: its config"):
+        reports(other, nuisance_embeddings(), tmp_path / "x", resume=path)
+    with pytest.raises(CheckpointError, match="its fingerprint"):
+        reports(ADAPT, nuisance_embeddings(seed=1), tmp_path / "x", resume=path)
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        reports(ADAPT, nuisance_embeddings(), tmp_path / "x", resume=tmp_path / "absent")
+
+
+def test_validation_classes_are_never_learned_from(tmp_path):
+    """Spoiling the validation classes' embeddings changes the scores, and nothing that is learned."""
+    data = nuisance_embeddings()
+    found = reports(ADAPT, data, tmp_path / "a.safetensors")
+    spoiled = data.embeddings.copy()
+    held_out = np.isin(data.labels, [data.classes.index(name) for name in found[0].validation_classes])
+    spoiled[held_out] = np.random.default_rng(9).standard_normal((held_out.sum(), spoiled.shape[1]))
+    reports(ADAPT, TrainData(data.classes, data.labels, embeddings=spoiled), tmp_path / "b.safetensors")
+    one, other = (checkpoints.load(tmp_path / f"{name}.safetensors")[0] for name in "ab")
+    for name in ("learner.inner", "learner.map", "learner.centre"):
+        assert np.array_equal(one[name], other[name])
+
+
+def test_groups_over_two_classes_do_not_tear(tmp_path):
+    data = nuisance_embeddings()
+    groups = np.arange(len(data.labels))
+    groups[:6] = groups[-1]  # six photos of the first class are near copies of one of the last
+    run = training._Run(ADAPT, TrainData(data.classes, data.labels, groups, data.embeddings), torch.device("cpu"))
+    kept = [training._labels_of(run.data, part) for part in (run.split.base, run.split.validation)]
+    assert all(labels[-1] == -1 for labels in kept)
+    base, validation = (set(groups[labels >= 0]) for labels in kept)
+    assert not base & validation
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    path = tmp_path / "run.safetensors"
+    run = meta_train(ADAPT, nuisance_embeddings(), checkpoint=path, device="cpu")
+    next(report for report in run if isinstance(report, Saved) and report.episode == 20)
+    with torch.no_grad():
+        run.gi_frame.f_locals["run"].learner.inner.fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match=r"learning rate 0\.001"):
+        list(run)
+    tensors, meta = checkpoints.load(path)
+    assert meta["episode"] == 20
+    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_too_few_classes_fall_back_and_say_so(tmp_path):
+    found = reports(ADAPT, nuisance_embeddings(n_classes=4), tmp_path / "run.safetensors")
+    assert found[0].baseline.optimistic
+    assert found[-1].best.optimistic
+    assert any("optimistic" in note for note in found[0].notes)
+    fewer = reports(ADAPT, nuisance_embeddings(n_classes=5), tmp_path / "run.safetensors")[0]
+    assert (fewer.plan.way, fewer.baseline.way, fewer.chance) == (3, 2, 0.5)
+    with pytest.raises(DataError, match="3-way needs 3 classes with at least 3 photos; this collection has 2"):
+        reports(ADAPT, nuisance_embeddings(n_classes=2), tmp_path / "run.safetensors")
+
+
+def test_frozen_is_recommended_where_training_gains_nothing(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(12), 10)
+    data = TrainData(tuple(map(str, range(12))), labels, embeddings=np.eye(12, 16, dtype=np.float32)[labels])
+    data.embeddings[:] += 1e-3 * rng.standard_normal(data.embeddings.shape)
+    finished = reports(ADAPT, data, tmp_path / "run.safetensors")[-1]
+    assert finished.baseline.accuracy == 1
+    assert finished.recommends == "frozen"
+    assert "gained nothing" in finished.notes[0]
+
+
+def test_steps_are_throttled_and_checkpoints_come_every_minute(tmp_path):
+    class Clock:
+        def __init__(self, tick):
+            self.now, self.tick = 0.0, tick
+
+        def __call__(self):
+            self.now += self.tick
+            return self.now
+
+    config = TrainConfig(**{**ADAPT.__dict__, "epochs": 1, "episodes_per_epoch": 300})
+    found = reports(config, nuisance_embeddings(), tmp_path / "run", clock=Clock(tick=0.02))
+    steps = of_kind(found, Step)
+    assert len(steps) < 300 * 0.1 / 0.2
+    assert steps[-1].episode == 300
+    assert steps[-1].seconds_left == 0
+    assert all(0 <= step.accuracy <= 1 and step.episodes_per_s > 0 for step in steps)
+    slow = Clock(tick=15)
+    saved = [
+        report.episode
+        for report in of_kind(reports(config, nuisance_embeddings(), tmp_path / "run", clock=slow), Saved)
+    ]
+    assert len(saved) > 50
+
+
+def test_missing_inputs_raise(tmp_path):
+    labels = np.repeat(np.arange(8), 8)
+    with pytest.raises(ConfigError, match="adapt learns from embeddings"):
+        reports(ADAPT, TrainData(tuple(map(str, range(8))), labels), tmp_path / "run")
+    with pytest.raises(ConfigError, match="full learns from pixels"):
+        reports(FULL, TrainData(tuple(map(str, range(8))), labels), tmp_path / "run")
+    with pytest.raises(ConfigError, match="7 rows of embeddings for 64 labels"):
+        TrainData(tuple(map(str, range(8))), labels, embeddings=np.zeros((7, 2), dtype=np.float32))
+    wrong_size = bars(size=32)
+    with pytest.raises(ConfigError, match=r"they are uint8 \(28, 28, 3\)"):
+        reports(FULL, wrong_size, tmp_path / "run")
+
+
+def test_pixels_may_be_a_function(tmp_path):
+    data = bars()
+    config = TrainConfig(**{**FULL.__dict__, "epochs": 1, "episodes_per_epoch": 2, "episodes_per_step": 2})
+    pictures = data.pixels
+    by_function = TrainData(data.classes, data.labels, pixels=lambda indices: pictures[indices])
+    one = reports(config, data, tmp_path / "a")[-1]
+    assert reports(config, by_function, tmp_path / "b")[-1].best == one.best
+
+
+def test_loss_equals_the_slow_reference():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.nn.functional.normalize(torch.randn(2, 3, 5, 8, generator=generator), dim=3)  # 2 shots, 3 queries
+    losses, right = [], []
+    for episode in z:
+        prototypes = [photos[:2].mean(dim=0) for photos in episode]
+        for way in range(3):
+            for query in episode[way, 2:]:
+                cosines = torch.stack([query @ p / p.norm() for p in prototypes])
+                losses.append(-torch.log_softmax(7 * cosines, dim=0)[way])
+                right.append(float(cosines.argmax() == way))
+    flat = z.flatten(1, 2)
+    loss, accuracy = prototypical_loss(flat @ flat.mT, way=3, shot=2, scale=torch.tensor(7.0))
+    assert float(loss) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    assert float(accuracy) == pytest.approx(np.mean(right))
+
+
+def test_loss_does_not_depend_on_the_order_of_support():
+    z = torch.nn.functional.normalize(torch.randn(1, 2, 4, 6, generator=torch.Generator().manual_seed(1)), dim=3)
+    values = []
+    for order in ([0, 1, 2, 3], [2, 0, 1, 3]):
+        flat = z[:, :, order].flatten(1, 2)
+        values.append(float(prototypical_loss(flat @ flat.mT, way=2, shot=3, scale=torch.tensor(3.0))[0]))
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_closed_form_by_hand():
+    # Two classes at x = ±1, each with photos at y = ±2: scatter diag(0, 4), mean eigenvalue 2.
+    x = torch.tensor([[1.0, 2], [1, -2], [-1, 2], [-1, -2]]) + torch.tensor([3.0, 0])
+    centre, map_ = closed_form(x, torch.tensor([0, 0, 1, 1]))
+    assert centre.tolist() == pytest.approx([3, 0])
+    # sqrt(m / (s + 3 m)): sqrt(2 / 6) where classes differ, sqrt(2 / 10) where photos of one class do
+    assert map_.diagonal().tolist() == pytest.approx([(2 / 6) ** 0.5, (2 / 10) ** 0.5])
+    assert map_[0, 1] == pytest.approx(0)
+    directions = principal_directions(x, torch.tensor([0, 0, 1, 1]), rank=8)
+    assert directions.abs().flatten().tolist() == pytest.approx([1, 0])
+
+
+def test_the_cosines_of_an_adapter_are_those_of_its_embeddings():
+    run = training._Run(ADAPT, nuisance_embeddings(), torch.device("cpu"))
+    for _ in range(5):
+        run.step()
+    photos = run.sampler.sample(2).indices().flatten(1)
+    z = torch.nn.functional.normalize(run.learner.embed_trained(photos), dim=2)
+    assert torch.allclose(run.learner.cosines(photos), z @ z.mT, atol=1e-5)
+    run.learner.table = None
+    assert torch.allclose(run.learner.cosines(photos), z @ z.mT, atol=1e-5)
+
+
+def slow_adamw(values, gradients, *, rate, decay):
+    """Algorithm 2 of Loshchilov and Hutter 2019, number by number."""
+    for i in range(len(values)):
+        moment = square = 0.0
+        for step, gradient in enumerate(gradients[:, i], start=1):
+            moment = 0.9 * moment + 0.1 * gradient
+            square = 0.999 * square + 0.001 * gradient**2
+            values[i] -= rate * decay * values[i]
+            values[i] -= rate * (moment / (1 - 0.9**step)) / ((square / (1 - 0.999**step)) ** 0.5 + 1e-8)
+    return values
+
+
+def test_the_optimiser_is_adamw():
+    config = TrainConfig(**{**FULL.__dict__, "learning_rate": 1e-3})
+    rng = np.random.default_rng(0)
+    start, gradients = rng.standard_normal(7), rng.standard_normal((5, 7))
+    parameters = [torch.tensor(start[:6]).view(2, 3), torch.tensor(start[6])]
+    optimiser = training._AdamW(config, parameters)
+    for row in torch.tensor(gradients):
+        optimiser.step((row[:6].view(2, 3), row[6]), 1.0)
+    weights = slow_adamw(start[:6].copy(), gradients[:, :6], rate=1e-3, decay=5e-4)
+    assert parameters[0].flatten().numpy() == pytest.approx(weights)
+    scale = slow_adamw(start[6:].copy(), gradients[:, 6:], rate=1e-2, decay=0.0)  # ten times as fast, never pulled
+    assert float(parameters[1]) == pytest.approx(scale[0])
+
+
+def test_augmentation_mirrors_only_when_it_may():
+    picture = torch.zeros(64, 3, 16, 16)
+    picture[..., :8] = 1  # the left half is bright
+    generator = torch.Generator().manual_seed(0)
+    kept = augment(picture, generator, flips=False)
+    assert kept.shape == picture.shape
+    assert (kept[..., :4].mean(dim=(1, 2, 3)) > 0.8).all()
+    mirrored = augment(picture, generator, flips=True)
+    share = (mirrored[..., :4].mean(dim=(1, 2, 3)) < 0.2).float().mean()
+    assert 0.3 < share < 0.7
