@@ -397,4 +397,4 @@ def test_one_photo_costs_few_queries(owner_client: Client) -> None:
         connection,
     ) as queries:
         put(owner_client, answer["files"][1]["url"], factories.picture(4, 1))
-    assert len(queries) <= 12, "\n".join(query["sql"] for query in queries)
+    assert len(queries) <= 9, "\n".join(query["sql"] for query in queries)
