@@ -1,4 +1,4 @@
-"""What the settings find in a test run: a data folder of its own, and a real Valkey in it. Loaded as a pytest plugin."""
+"""What the settings find in a test run: a data folder of its own, a real Valkey in it. A pytest plugin, loaded early."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 _folder = Path(tempfile.mkdtemp(prefix="fewshot-test-"))
+(_folder / "static").mkdir()  # the site's door warns where it is missing, and warnings are errors
 atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 
 os.environ.update(
-    SECRET_KEY="only-for-tests",  # noqa: S106
+    SECRET_KEY="only-for-tests",
     DATA_DIR=str(_folder),
     DEBUG="0",
     ALLOWED_HOSTS="testserver,localhost,127.0.0.1",

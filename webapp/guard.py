@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
-from asgiref.sync import sync_to_async
+from channels.db import database_sync_to_async
 from django.conf import settings
 from django.contrib.auth import SESSION_KEY
 from django.contrib.sessions.backends.db import SessionStore
@@ -42,10 +42,9 @@ class BodyGuard:
         headers = dict(scope["headers"])
         announced = _length(headers)
         limit = _limit(scope["path"])
-        if announced is None or announced > ANONYMOUS_BYTES:
-            if not await _has_session(headers):
-                await _refuse(send, 401, "Log in first: your session has ended.")
-                return
+        if (announced is None or announced > ANONYMOUS_BYTES) and not await _has_session(headers):
+            await _refuse(send, 401, "Log in first: your session has ended.")
+            return
         if announced is not None and announced > limit:
             await _refuse(send, 413, f"This is {announced / 1e6:.0f} MB; at most {limit / 1e6:.0f} MB are taken here.")
             return
@@ -92,7 +91,7 @@ async def _has_session(headers: dict[bytes, bytes]) -> bool:
         return False
     if cookie is None:
         return False
-    stored = await sync_to_async(SessionStore(cookie.value).load)()
+    stored = await database_sync_to_async(SessionStore(cookie.value).load)()
     return SESSION_KEY in stored
 
 

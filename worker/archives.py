@@ -15,7 +15,7 @@ from django.core.files.storage import default_storage
 from django.utils.translation import gettext as _
 
 from webapp.library.models import Blob, Import, ImportFile
-from webapp.library.services import Entry, clean_path, judge_entry, keep_blob, register_archived
+from webapp.library.services import Entry, clean_path, judge_entry, keep_blobs, register_archived
 from webapp.library.storage import CHUNK, receive
 from worker.leases import Lease
 
@@ -122,7 +122,7 @@ def _store(
             with archive.open(info) as data:
                 received = receive(_bounded(data, min(settings.MAX_PHOTO_BYTES, info.file_size)), path)
             row.size = received.size
-            blobs[row.path] = keep_blob(owner_id, received)
+            (blobs[row.path],) = keep_blobs(owner_id, [received])
             return
         except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:

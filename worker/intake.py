@@ -5,6 +5,7 @@ Decoding runs in threads (Pillow lets go of the interpreter) while the batch bef
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from worker import archives, runtime, vectors
 from worker.leases import Lease
 
 CHUNK = 32
+LINGER_S = 0.5
 DECODED_SIDE = 1200  # px on the shorter side: enough for the working copy, and a large JPEG is decoded at a fraction
 
 Pixels = NDArray[np.uint8]
@@ -52,7 +54,7 @@ def run(lease: Lease) -> None:
         if batch.state == Import.State.CLOSED and batch.archive_chunks:
             for _more in archives.take_in(lease, batch):
                 _process_stored(lease, batch, encoders, pool)
-        while batch.files.filter(state=ImportFile.State.STORED).exists():
+        while _has_stored(batch):
             _process_stored(lease, batch, encoders, pool)
     _end(lease.claim, batch)
 
@@ -88,6 +90,17 @@ def _backbones(batch: Import) -> list[str]:
     if intake is not None:
         names.append(intake.label_set.model.backbone)
     return list(dict.fromkeys(names))
+
+
+def _has_stored(batch: Import) -> bool:
+    """Is there something to look at? While a folder is being sent, more comes at once, and sleeping costs a wake-up."""
+    deadline = time.monotonic() + (LINGER_S if batch.job.queue == Job.Queue.INGEST else 0)
+    while True:
+        if batch.files.filter(state=ImportFile.State.STORED).exists():
+            return True
+        if batch.state != Import.State.OPEN or time.monotonic() >= deadline:
+            return False
+        time.sleep(0.05)
 
 
 def _process_stored(lease: Lease, batch: Import, encoders: dict[str, Encoder], pool: ThreadPoolExecutor) -> None:

@@ -15,6 +15,8 @@ from django.core.files.storage import default_storage
 from django.utils.translation import gettext as _
 
 from fewshot_engine.config import TrainConfig
+from fewshot_engine.datasets import build_pixel_cache, read_pixel_cache
+from fewshot_engine.errors import DataError
 from fewshot_engine.training import (
     Evaluated,
     Finished,
@@ -26,16 +28,17 @@ from fewshot_engine.training import (
     meta_train,
 )
 from webapp.jobs.models import Job
-from webapp.jobs.services import finish, hand_back
+from webapp.jobs.services import finish, hand_back, report
 from webapp.library.models import Blob, Photo
 from webapp.training.models import Metric, TrainingRun
 from webapp.training.services import class_sizes, save_checkpoint, save_metric, save_model, save_start
-from worker import vectors
+from worker import runtime, vectors
 from worker.convert import FrozenPhotos
 from worker.intake import embed_missing
 from worker.leases import Lease
 
 LOOK_EVERY_S = 1.0
+PIXELS = "pixels.npy"
 
 
 def train(lease: Lease) -> None:
@@ -63,6 +66,7 @@ def train(lease: Lease) -> None:
             hand_back(lease.claim)
             return
     finish(lease.claim, Job.State.SUCCEEDED, message=_("Finished."))
+    (folder / PIXELS).unlink(missing_ok=True)
 
 
 def _data(lease: Lease, run: TrainingRun, config: TrainConfig, folder: Path) -> TrainData:
@@ -74,8 +78,25 @@ def _data(lease: Lease, run: TrainingRun, config: TrainConfig, folder: Path) -> 
         embed_missing(lease.claim, ordered, config.backbone)
         there, embeddings = vectors.read(config.backbone, frozen.blob_ids)
         return TrainData(frozen.classes, frozen.labels[there], groups=frozen.groups[there], embeddings=embeddings)
-    paths = [default_storage.path(blob.original_name) for blob in ordered]
-    return _pixels(lease, frozen, paths, config, folder)
+    return _pixels(lease, frozen, [default_storage.path(blob.original_name) for blob in ordered], config, folder)
+
+
+def _pixels(lease: Lease, frozen: FrozenPhotos, paths: list[str], config: TrainConfig, folder: Path) -> TrainData:
+    """Every photo decoded once, whatever the number of epochs; goes on where a stopped attempt left it."""
+    if len(paths) != len(frozen.labels):
+        raise DataError(_("Photos that this run began with are gone; start a new one."))
+    cache = folder / PIXELS
+    told_at = 0.0
+    for done in build_pixel_cache(paths, config.image_size, cache, decode_workers=runtime.CORES):
+        if time.monotonic() - told_at >= LOOK_EVERY_S:
+            told_at = time.monotonic()
+            message = _("Decoding photos: %(n)d of %(all)d") % {"n": done, "all": len(paths)}
+            report(lease.claim, "preparing", changes={"message": message}, done=done, total=len(paths))
+    found = read_pixel_cache(cache, paths, config.image_size)
+    if found.readable.all():
+        return TrainData(frozen.classes, frozen.labels, groups=frozen.groups, pixels=found.pixels)
+    good = found.readable
+    return TrainData(frozen.classes, frozen.labels[good], groups=frozen.groups[good], pixels=found.pixels[good])
 
 
 def _freeze(run: TrainingRun, folder: Path) -> FrozenPhotos:

@@ -172,7 +172,9 @@ def test_a_damaged_upload_is_told_and_leaves_no_row(collection: Collection) -> N
 
 
 def test_the_root_folder_of_a_zip_is_no_category(collection: Collection) -> None:
-    data = zipped({f"images/{kind}/{n}.png": picture(k, n, format="PNG") for k, kind in enumerate("ab") for n in (1, 2)})
+    data = zipped(
+        {f"images/{kind}/{n}.png": picture(k, n, format="PNG") for k, kind in enumerate("ab") for n in (1, 2)}
+    )
     batch = take_in_zip(collection, data)
     assert batch.counts()["accepted"] == 4
     assert sorted(collection.categories.values_list("path", flat=True)) == ["a", "b"]
@@ -257,5 +259,6 @@ def test_vectors_survive_what_a_dead_writer_left(owner: User) -> None:
 def test_storage_keeps_what_is_there(owner: User) -> None:
     default_storage.save("x/same", ContentFile(b"one"))
     default_storage.save("x/same", ContentFile(b"one"))
-    assert default_storage.open("x/same").read() == b"one"
+    with default_storage.open("x/same") as file:
+        assert file.read() == b"one"
     assert default_storage.listdir("x")[1] == ["same"]

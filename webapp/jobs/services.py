@@ -47,18 +47,25 @@ def create_job(
 
 def wake(job_id: UUID) -> None:
     """See to it that the job runs after this transaction, once more if it is running now."""
-    Job.objects.filter(pk=job_id).update(wanted=F("wanted") + 1)
     woken = (
         Job.objects.filter(pk=job_id)
         .exclude(state__in=Job.ACTIVE)
         .update(
-            state=Job.State.QUEUED, tries=0, error="", cancel_requested=False, finished=None, sent_at=timezone.now()
+            state=Job.State.QUEUED,
+            wanted=F("wanted") + 1,
+            tries=0,
+            error="",
+            cancel_requested=False,
+            finished=None,
+            sent_at=timezone.now(),
         )
     )
-    if woken:
-        job = Job.objects.get(pk=job_id)
-        live.publish_summary(job)
-        transaction.on_commit(lambda: queue.send(job.pk, job.queue))
+    if not woken:
+        Job.objects.filter(pk=job_id).update(wanted=F("wanted") + 1)
+        return
+    job = Job.objects.get(pk=job_id)
+    live.publish_summary(job)
+    transaction.on_commit(lambda: queue.send(job.pk, job.queue))
 
 
 def claim(job_id: UUID | str, *, worker: str) -> Claim | None:

@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from django.conf import settings
-from django.core.files.base import File
 from django.core.files.storage import default_storage
 from django.db import transaction
 from django.db.models import Max
@@ -147,22 +146,29 @@ def store_photo(file: ImportFile, chunks: Iterable[bytes]) -> ImportFile:
     try:
         if file.sha256 and received.sha256 != file.sha256:
             raise UploadError(_("%(path)s arrived damaged; it will be sent again.") % {"path": file.path}, status=422)
-        blob = keep_blob(batch.collection.owner_id, received)
+        blob = Blob.named(batch.collection.owner_id, received.sha256, received.size)
+        _adopt(received, blob)
     finally:
         received.path.unlink(missing_ok=True)
     with transaction.atomic():
-        _mark_stored([file], {file.pk: blob})
+        Blob.objects.bulk_create([blob], ignore_conflicts=True)
+        file.blob, file.sha256, file.state = blob, blob.sha256, ImportFile.State.STORED
+        ImportFile.objects.filter(pk=file.pk).update(blob=blob, sha256=file.sha256, state=file.state)
         wake(batch.job_id)
     return file
 
 
-def keep_blob(owner_id: object, received: Received) -> Blob:
-    """Name received bytes by their hash and write their row; the same bytes give the same blob."""
-    blob = Blob(owner_id=owner_id, sha256=received.sha256, size=received.size)
-    with received.path.open("rb") as data:
-        if not default_storage.exists(blob.original_name):
-            default_storage.save(blob.original_name, File(data))
-    return Blob.objects.get_or_create(owner_id=owner_id, sha256=received.sha256, defaults={"size": received.size})[0]
+def keep_blobs(owner_id: object, received: Sequence[Received]) -> list[Blob]:
+    """Name received bytes by their hash and write their rows; the same bytes give the same blob."""
+    blobs = [Blob.named(owner_id, item.sha256, item.size) for item in received]
+    for item, blob in zip(received, blobs, strict=True):
+        _adopt(item, blob)
+    Blob.objects.bulk_create({blob.pk: blob for blob in blobs}.values(), ignore_conflicts=True)
+    return blobs
+
+
+def _adopt(received: Received, blob: Blob) -> None:
+    default_storage.adopt(received.path, blob.original_name)  # type: ignore[attr-defined]
 
 
 def put_chunk(batch: Import, number: int, chunks: Iterable[bytes], *, sha256: str) -> None:
@@ -180,8 +186,7 @@ def put_chunk(batch: Import, number: int, chunks: Iterable[bytes], *, sha256: st
     try:
         if received.size != expected or (sha256 and received.sha256 != sha256):
             raise UploadError(_("Chunk %(n)d arrived damaged; it will be sent again.") % {"n": number}, status=422)
-        with received.path.open("rb") as data:
-            default_storage.save(batch.chunk_name(number), File(data))
+        default_storage.adopt(received.path, batch.chunk_name(number))  # type: ignore[attr-defined]
     finally:
         received.path.unlink(missing_ok=True)
 
@@ -330,13 +335,6 @@ def _judge(batch: Import, entry: Entry, blob: Blob | None) -> ImportFile:
     elif blob is not None:
         file.state, file.blob = ImportFile.State.STORED, blob
     return file
-
-
-def _mark_stored(files: Sequence[ImportFile], blobs: dict[int, Blob]) -> None:
-    for file in files:
-        blob = blobs[file.pk]
-        file.blob, file.sha256, file.state = blob, blob.sha256, ImportFile.State.STORED
-    ImportFile.objects.bulk_update(files, ["blob", "sha256", "state"])
 
 
 def _update_blobs(outcomes: Sequence[Outcome]) -> None:
