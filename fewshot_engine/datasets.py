@@ -120,6 +120,24 @@ def from_folder(root: str | Path, level: str | int = "leaf") -> LabelledImages:
     return LabelledImages(classes, labels, tuple(map(str, paths)), _identical_files(paths))
 
 
+def from_folders(roots: Sequence[str | Path], level: str | int = "leaf") -> LabelledImages:
+    """`from_folder` over several roots; where a class name stands in two of them, the root's name goes before it.
+
+    Raises:
+        DataError: as `from_folder` does, or two roots have one name and a class in common.
+    """
+    parts = [from_folder(root, level) for root in roots]
+    names = [name for part in parts for name in part.classes]
+    if len(set(names)) < len(names):
+        names = [f"{Path(root).name}/{name}" for root, part in zip(roots, parts, strict=True) for name in part.classes]
+    if len(set(names)) < len(names):
+        raise DataError("two folders of the same name hold a class of the same name: rename one of them")
+    starts = np.cumsum([0, *(len(part.classes) for part in parts)])
+    labels = np.concatenate([part.labels + start for part, start in zip(parts, starts, strict=False)])
+    paths = tuple(path for part in parts for path in part.paths)
+    return LabelledImages(tuple(names), labels, paths, _identical_files(list(map(Path, paths))))
+
+
 def split_classes(counts: Mapping[str, int] | Sequence[object], *, share: float, way: int, seed: int) -> ClassSplit:
     """Hold out classes for validation, at random but the same for the same seed.
 
