@@ -3,7 +3,7 @@ import { element, openDialog, request, toast, toastError } from "./app.js";
 import { watch } from "./live.js";
 import { filesFromInput, upload } from "./upload.js";
 import { openCamera } from "./camera.js";
-import { announce, gatherErrors, morph, throttled } from "./morphing.js";
+import { announce, gatherErrors, morph, sayOnce, throttled } from "./morphing.js";
 import { classify, showTab, takeDrops } from "./results.js";
 
 const gettext = (text) => (window.gettext ? window.gettext(text) : text);
@@ -24,8 +24,11 @@ const refreshLabels = throttled(async () => {
   morph(html);
   for (const [node, card] of uploads) document.querySelector(`#${CSS.escape(card)} .thumb.add`)?.before(node);
   wireCards();
-  if (toFocus) document.getElementById(toFocus)?.focus();
-  toFocus = "";
+  const goal = toFocus && document.getElementById(toFocus);
+  if (goal) {
+    goal.focus(); // a fragment asked for before the gesture has no such card yet: the next one has
+    toFocus = "";
+  }
 });
 
 watch(labelSet.job, labelSet.lastEvent, (events) => {
@@ -39,7 +42,8 @@ watch(labelSet.job, labelSet.lastEvent, (events) => {
 
 async function gesture(url, body) {
   const said = await request(url, { method: "POST", body });
-  if (said.message) toast(said.message, said.undo ? { action: gettext("Undo"), onAction: () => perform(said.undo) } : {});
+  if (said.label && said.undo) announce(said.message);
+  else if (said.message) sayOnce(said.message, said.undo ? { action: gettext("Undo"), onAction: () => perform(said.undo) } : {});
   if (said.label) toFocus = `add-${said.label}`;
   await refreshLabels();
   return said;
@@ -172,7 +176,7 @@ async function addPicked(form) {
   try {
     const said = await request(form.action, { json });
     document.getElementById("picker").close();
-    toast(said.message);
+    sayOnce(said.message);
     toFocus = `add-${said.label}`;
     await refreshLabels();
   } catch (error) {
@@ -217,7 +221,7 @@ function onKey(event) {
   event.target.blur();
 }
 
-document.addEventListener("submit", onSubmit);
+document.addEventListener("submit", onSubmit, true); // before app.js takes it for a form that leaves the page
 document.addEventListener("change", onChange);
 document.addEventListener("click", onClick);
 document.addEventListener("keydown", onKey);

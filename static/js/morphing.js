@@ -51,6 +51,14 @@ export function throttled(work) {
   }
 }
 
+let takeAway = () => {};
+
+/** A toast in the place of the one before: gestures follow each other fast. */
+export function sayOnce(message, options = {}) {
+  takeAway();
+  takeAway = toast(message, options);
+}
+
 /** For whoever hears the page instead of seeing it. */
 export function announce(sentence) {
   const node = document.getElementById("announcer");

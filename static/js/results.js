@@ -2,7 +2,7 @@
 import { element, request, toast, toastError, isTyping } from "./app.js";
 import { watch } from "./live.js";
 import { filesFromDrop, filesFromInput, upload } from "./upload.js";
-import { announce, gatherErrors, morph, say, throttled } from "./morphing.js";
+import { announce, gatherErrors, morph, say, sayOnce, throttled } from "./morphing.js";
 
 const gettext = (text) => (window.gettext ? window.gettext(text) : text);
 const SHOWN_WAITING = 48; // thumbnails of photos on their way
@@ -100,8 +100,7 @@ export async function classify(files) {
     clearWaiting();
     if (error.name !== "AbortError") say("classify-problem", error.message);
   } finally {
-    sending -= 1;
-    if (run.batch) refreshResults();
+    sending -= 1; // no look at the results here: the answers tell of themselves, and an early look would delay theirs
   }
 }
 
@@ -258,7 +257,7 @@ async function answer(form, label) {
   tileOf(photo)?.classList.add("is-leaving");
   try {
     const said = await request(form.closest("#evidence").dataset.answerUrl, { json: { label: label || null, becomesExample } });
-    toast(said.message, { action: gettext("Undo"), onAction: () => takeBack(said.undo, photo) });
+    sayOnce(said.message, { action: gettext("Undo"), onAction: () => takeBack(said.undo, photo) });
     if (following && following.dataset.photo !== photo) select(following.dataset.photo);
     else showEvidence(photo);
     await refreshResults();
@@ -402,7 +401,7 @@ export function takeDrops(node, onFiles) {
 }
 
 document.addEventListener("click", onClick);
-document.addEventListener("submit", onSubmit);
+document.addEventListener("submit", onSubmit, true); // before app.js takes it for a form that leaves the page
 document.addEventListener("change", onChange);
 document.addEventListener("keydown", onKey);
 document.getElementById("reject-above").addEventListener("input", (event) => describeThreshold(event.target));
