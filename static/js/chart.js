@@ -64,7 +64,7 @@ export function lineChart(box, { tone, unit = "", digits = 1, total, hasBand = f
     if (!values.length) return [0, 1];
     const low = from ?? Math.min(...values);
     const high = Math.max(...values);
-    const room = Math.max((high - low) * 0.12, unit ? 2 : 0.05);
+    const room = unit ? Math.max((high - low) * 0.12, 2) : (high - low) * 0.12 || 0.05;
     return [from ?? Math.max(0, low - room), unit ? Math.min(102, high + room) : high + room];
   }
 

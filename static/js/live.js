@@ -49,6 +49,21 @@ class Live extends EventTarget {
     socket.onopen = () => this.opened();
     socket.onmessage = (message) => this.heard(JSON.parse(message.data));
     socket.onclose = (event) => this.socket === socket && this.lost(event.code);
+    this.expectAnswer(ANSWER_MS);
+  }
+
+  /** A server that does not answer in time is taken for gone; a browser would wait for minutes. */
+  expectAnswer(patience) {
+    clearTimeout(this.answerTimer);
+    this.answerTimer = setTimeout(() => this.abandon(), patience);
+  }
+
+  abandon() {
+    const socket = this.socket;
+    if (!socket) return;
+    socket.onclose = socket.onmessage = socket.onopen = null;
+    socket.close();
+    this.lost(1006);
   }
 
   opened() {
@@ -79,11 +94,10 @@ class Live extends EventTarget {
 
   /** Back in front of the person, or online: do not wait for the next try. */
   wake() {
-    if (this.state === "open") this.refresh(3000);
-    else if (!this.socket) {
-      this.failures = 0;
-      this.connect();
-    }
+    if (this.state === "open") return this.refresh(3000);
+    this.abandon(); // it may hang in a network that is gone
+    this.failures = 0;
+    this.connect();
   }
 
   tick() {
@@ -100,19 +114,12 @@ class Live extends EventTarget {
     if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(message));
   }
 
-  /** Ask how things stand; a server that does not answer is taken for gone. */
+  /** Ask how things stand. */
   refresh(patience = ANSWER_MS) {
     const ids = new Set();
     for (const naming of this.asked.values()) for (const id of naming?.() ?? []) ids.add(id);
     this.send({ refresh: [...ids] });
-    clearTimeout(this.answerTimer);
-    const socket = this.socket;
-    this.answerTimer = setTimeout(() => {
-      if (this.socket !== socket || !socket) return;
-      socket.onclose = null;
-      socket.close();
-      this.lost(1006);
-    }, patience);
+    this.expectAnswer(patience);
   }
 
   subscribe(jobs) {

@@ -39,8 +39,8 @@ def figure(value: float, digits: int = 0) -> str:
 
 
 def percent(share: float) -> str:
-    """0.714 -> "71.4 %"."""
-    return f"{figure(100 * share, 1)} %"
+    """0.714 -> "71.4 %", which no line break tears."""
+    return f"{figure(100 * share, 1)}\N{NO-BREAK SPACE}%"
 
 
 def plus_minus(score: dict[str, Any]) -> str:

@@ -179,8 +179,10 @@ class RunForm(forms.Form):
             except ConfigError as error:
                 name = _field_of(str(error))
                 self.add_error(name, _sentence(str(error)))
-                if name is None or not (episode.pop(name, None) or course.pop(name, None)):
+                if name not in episode and name not in course:
                     return
+                episode.pop(name, None)
+                course.pop(name, None)
             else:
                 self.config = None if self.errors else config
                 return

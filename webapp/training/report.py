@@ -217,8 +217,12 @@ class RunReport:
 
     @cached_property
     def log(self) -> list[Line]:
-        told = Event.objects.filter(job_id=self.run.job_id).exclude(type__in=("step", "saved"))
-        return tell(reversed(told.order_by("-number")[:LOG_LINES]))[-LOG_LINES:]
+        """The newest lines, oldest first; of the evaluations that were not the best, the last one alone."""
+        told = Event.objects.filter(job_id=self.run.job_id).exclude(type__in=("step", "saved")).order_by("-number")
+        events = list(told[:LOG_LINES])
+        newest = next((event for event in events if event.type == "evaluation"), None)
+        kept = [e for e in events if e.type != "evaluation" or e.data.get("best") or e is newest]
+        return tell(reversed(kept))
 
     @property
     def warnings(self) -> int:

@@ -51,7 +51,8 @@ def readiness(sizes: Iterable[int]) -> Readiness:
         level, sentence = (
             "bad",
             _(
-                "Episodes usually take %(ways)d categories; training pays from about %(classes)d with %(photos)d photos each."
+                "Episodes usually take %(ways)d categories; training pays from about %(classes)d with %(photos)d "
+                "photos each."
             )
             % {"ways": USUAL_WAYS, "classes": GOOD_CLASSES, "photos": GOOD_PHOTOS},
         )
