@@ -41,7 +41,7 @@ export function lineChart(box, { tone, unit = "", digits = 1, total, hasBand = f
       scales: { x: { time: false, range: () => [0, total] }, y: { range: () => heights() } },
       axes: [
         { ...axis, size: 28, space: 90, grid: { show: false }, values: (_chart, ticks) => ticks.map((tick) => whole.format(tick)) },
-        { ...axis, size: 52, space: 44, grid: { stroke: () => colours.line, width: 1 }, values: (_chart, ticks) => ticks.map((tick) => number(tick % 1 ? 1 : 0).format(tick) + unit) },
+        { ...axis, size: 52, space: 44, grid: { stroke: () => colours.line, width: 1 }, values: (_chart, ticks, _axis, _space, step) => ticks.map((tick) => number(Math.max(0, Math.ceil(-Math.log10(step)))).format(tick) + unit) },
       ],
       series: [
         {},
