@@ -5,6 +5,8 @@ import { watch } from "./live.js";
 import { arrange, filesFromDrop, filesFromInput, showSending, upload } from "./upload.js";
 
 const REFRESH_EVERY_MS = 1000;
+const REFRESH_SHARE = 15; // and no more than a fifteenth of the time: the server has photos to take in
+const NEAR_PX = 1200;
 const LONG_PRESS_MS = 450;
 
 const gettext = (text) => (window.gettext ? window.gettext(text) : text);
@@ -36,7 +38,7 @@ async function loadMore() {
   }
 }
 
-const sentinel = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && loadMore(), { rootMargin: "1200px" });
+const sentinel = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && loadMore(), { rootMargin: `${NEAR_PX}px` });
 
 function seeMore() {
   sentinel.disconnect();
@@ -48,14 +50,18 @@ function parse(html) {
   return new DOMParser().parseFromString(html, "text/html").body;
 }
 
-/** New photos come at the end: a grid that is shown to its end grows, another stays as it is. */
+/** New photos come at the end: a grid whose end is near grows, another gets them when it is scrolled to. */
 async function growGrid() {
   const link = document.getElementById("more");
   if (link && !link.hidden) return;
-  const last = tiles().at(-1)?.dataset.serial ?? "0";
-  const query = new URLSearchParams(location.search);
-  query.set("after", last);
-  const fragment = parse(await request(`${page.dataset.photosUrl}?${query}`, { headers: { Accept: "text/html" } }));
+  if (link && grid.getBoundingClientRect().bottom > innerHeight + NEAR_PX) {
+    link.dataset.fragment = `${page.dataset.photosUrl}?${queryAfter(tiles().at(-1))}`;
+    link.hidden = false;
+    seeMore();
+    return;
+  }
+  const url = `${page.dataset.photosUrl}?${queryAfter(tiles().at(-1))}`;
+  const fragment = parse(await request(url, { headers: { Accept: "text/html" } }));
   const fresh = [...fragment.querySelectorAll(".photo")].filter((tile) => !document.getElementById(tile.id));
   if (!fresh.length) return;
   grid.querySelector(".grid-note")?.remove();
@@ -63,6 +69,12 @@ async function growGrid() {
   grid.append(...fresh, ...fragment.querySelectorAll("#more"));
   page.querySelector(".collection-page").classList.remove("is-empty");
   seeMore();
+}
+
+function queryAfter(tile) {
+  const query = new URLSearchParams(location.search);
+  query.set("after", tile?.dataset.serial ?? "0");
+  return query;
 }
 
 // Selecting -------------------------------------------------------------------------------------------
@@ -352,6 +364,7 @@ document.addEventListener("drop", async (event) => {
 let timer = 0;
 let isRefreshing = false;
 let isWanted = false;
+let refreshTook = 0;
 
 function follow(job, last) {
   if (job === watched) return;
@@ -362,7 +375,7 @@ function follow(job, last) {
 }
 
 function refreshSoon() {
-  if (!timer) timer = setTimeout(refresh, REFRESH_EVERY_MS);
+  if (!timer) timer = setTimeout(refresh, Math.max(REFRESH_EVERY_MS, REFRESH_SHARE * refreshTook));
 }
 
 async function refresh() {
@@ -373,8 +386,10 @@ async function refresh() {
     return;
   }
   isRefreshing = true;
+  const begun = performance.now();
   try {
     const fresh = parse(await request(page.dataset.overviewUrl, { headers: { Accept: "text/html" } }));
+    refreshTook = performance.now() - begun;
     for (const part of fresh.querySelectorAll("[data-live-part]")) morph(part);
     await growGrid();
   } catch (error) {
