@@ -36,7 +36,10 @@ const refreshResults = throttled(async () => {
   const url = state.query ? `${state.resultsUrl}?${state.query}` : state.resultsUrl;
   const before = state;
   const html = await request(url, { headers: { Accept: "text/html" } });
-  if (state !== before) return refreshResults(); // another batch was opened meanwhile
+  if (state !== before) {
+    refreshResults(); // another batch was opened meanwhile: once more, and not awaited, for that would be waiting for itself
+    return;
+  }
   morph(html, { keep: isKept });
   readState();
   markSelected();

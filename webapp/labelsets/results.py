@@ -336,8 +336,10 @@ class _Reading:
     def groups(self, keys: Sequence[str]) -> list[Group]:
         if not keys:
             return []
-        rank = Window(RowNumber(), partition_by=[F("verdict"), F("group_label")], order_by=SORTED)
-        rows = self.queries.filter(_any_of(keys)).annotate(rank=rank).filter(rank__lte=TILES).order_by(*SORTED)
+        rows = self.queries.filter(_any_of(keys)).order_by(*SORTED)
+        if any(self.counts[key] > TILES for key in keys):  # ranking costs as much as all the rest: only where it cuts
+            rank = Window(RowNumber(), partition_by=[F("verdict"), F("group_label")], order_by=SORTED)
+            rows = rows.annotate(rank=rank).filter(rank__lte=TILES)
         tiles: dict[str, list[Tile]] = {key: [] for key in keys}
         for row in self._values(rows):
             tiles[_key(row["verdict"], row["group_label"])].append(self._tile(row))
