@@ -500,11 +500,24 @@ def closed_form(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     residuals = (x - class_means(x, index)[index]) / sizes[
         index, None
     ].sqrt()  # classes count alike, whatever their size
-    scatter = residuals.T @ residuals / len(sizes)  # (dim, dim)
-    mean_eigenvalue = scatter.diagonal().mean().clamp(min=1e-12)
-    values, vectors = torch.linalg.eigh(scatter)
-    stretch = (mean_eigenvalue / (values.clamp(min=0) + SHRINKAGE * mean_eigenvalue)).sqrt()
-    return x.mean(dim=0).float(), ((vectors * stretch) @ vectors.T).float()
+    residuals /= len(sizes) ** 0.5  # S = residuals' @ residuals
+    mean_eigenvalue = (residuals.square().sum() / x.shape[1]).clamp(min=1e-12)
+    values, vectors = _principal_axes(residuals)
+    rest = SHRINKAGE**-0.5  # what the stretch is where the scatter is zero
+    stretch = (mean_eigenvalue / (values + SHRINKAGE * mean_eigenvalue)).sqrt() - rest
+    whole = (vectors * stretch) @ vectors.T + rest * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    return x.mean(dim=0).float(), whole.float()
+
+
+def _principal_axes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (r,) above zero of rows' @ rows and their eigenvectors (dim, r), by way of the smaller product."""
+    if len(rows) >= rows.shape[1]:
+        values, vectors = torch.linalg.eigh(rows.T @ rows)
+        return values.clamp(min=0), vectors
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    kept = values > 1e-10 * values[-1].clamp(min=1e-12)
+    values = values[kept]
+    return values, rows.T @ (vectors[:, kept] / values.sqrt())
 
 
 def principal_directions(embeddings: Tensor, labels: Tensor, rank: int) -> Tensor:
@@ -871,7 +884,7 @@ def _on_device(pixels: Pixels, device: torch.device) -> Pixels | Tensor:
     if device.type != "cuda" or callable(pixels):
         return pixels
     free, _ = torch.cuda.mem_get_info(device)
-    return torch.from_numpy(np.asarray(pixels)).to(device) if pixels.nbytes < free / 3 else pixels
+    return torch.tensor(np.asarray(pixels), device=device) if pixels.nbytes < free / 3 else pixels
 
 
 def _chosen_device(config: TrainConfig, device: str | None) -> torch.device:

@@ -302,6 +302,17 @@ def test_closed_form_by_hand():
     assert directions.abs().flatten().tolist() == pytest.approx([1, 0])
 
 
+def test_closed_form_equals_its_definition_with_few_photos_and_with_many():
+    for photos in (4, 40):
+        labels = torch.arange(5).repeat_interleave(photos)
+        x = torch.randn(5 * photos, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(photos))
+        scatter = sum(torch.cov(x[labels == c].T, correction=0) for c in range(5)) / 5
+        shrunk = scatter + 3 * scatter.trace() / 30 * torch.eye(30)
+        values, vectors = torch.linalg.eigh(shrunk)
+        expected = (scatter.trace() / 30).sqrt() * vectors @ torch.diag(values**-0.5) @ vectors.T
+        assert torch.allclose(closed_form(x.float(), labels)[1].double(), expected, atol=1e-5)
+
+
 def test_the_cosines_of_an_adapter_are_those_of_its_embeddings():
     run = training._Run(ADAPT, nuisance_embeddings(), torch.device("cpu"))
     for _ in range(5):
