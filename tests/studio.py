@@ -62,12 +62,15 @@ class Studio:
         raise RuntimeError(f"the studio did not start:\n{self.logs()}")
 
     def health(self) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         try:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
             connection.request("GET", "/healthz/")
-            return connection.getresponse().status
+            with connection.getresponse() as answer:
+                return answer.status
         except OSError:
             return 0
+        finally:
+            connection.close()
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:

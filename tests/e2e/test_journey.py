@@ -1,0 +1,156 @@
+"""The main job, end to end: from a stranger's first look to sorted photos and a trained model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.e2e.conftest import log_in, snap
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+
+def upload_folder(page: Page, folder: Path) -> None:
+    """From home: choose a folder, say what it is for, and wait until all of it is taken in."""
+    page.goto("/")
+    page.set_input_files("#choose-folder", str(folder))
+    dialog = page.locator("#what-for")
+    expect(dialog).to_be_visible()
+    snap(page, "03-what-for")
+    dialog.get_by_role("button", name="Upload").click()
+
+
+def photos_of(folder: Path, count: int, *, skip: int = 0) -> list[str]:
+    found = sorted(p for p in folder.rglob("*.jpg"))
+    return [str(p) for p in found[skip : skip + count]]
+
+
+def test_from_a_folder_to_sorted_photos(page: Page, account: None, clothing: Path) -> None:
+    log_in(page)
+    snap(page, "02-home-empty")
+
+    # Collections
+    upload_folder(page, clothing)
+    page.wait_for_url(re.compile(r"/collections/[0-9a-f-]+/"))
+    count = len(list(clothing.rglob("*.jpg")))
+    expect(page.locator("body")).to_contain_text(f"{count} accepted", timeout=240_000)
+    snap(page, "04-collection-report")
+    collection_url = page.url
+    page.goto(collection_url)
+    names = sorted(p.name for p in clothing.iterdir() if p.is_dir())
+    for name in names[:3]:
+        expect(page.locator(".tree")).to_contain_text(name)
+    snap(page, "05-collection")
+
+    # A label set: three labels, by dropping, by picking, by the camera
+    page.goto("/label-sets/")
+    snap(page, "06-label-sets-empty")
+    page.get_by_role("button", name="New label set").first.click()
+    page.locator("#new-set input[name=name]").fill("Wardrobe")
+    page.locator("#new-set").get_by_role("button", name="Create").click()
+    page.wait_for_url(re.compile(r"/label-sets/[0-9a-f-]+/"))
+    snap(page, "07-label-set-empty")
+    label_set_url = page.url
+    for n, name in enumerate(names[:3]):
+        page.locator("#new-label-name").fill(name)
+        page.locator("#new-label-name").press("Enter")
+        card = page.locator(f".label[data-name='{name}']")
+        expect(card).to_be_visible()
+        card.locator("[data-add]").click()
+        with page.expect_file_chooser() as chooser:
+            page.locator("#add-examples .file-choice").click()
+        chooser.value.set_files(photos_of(clothing / name, 4))
+        expect(card.locator("[id^=example-]")).to_have_count(4, timeout=60_000)
+    expect(page.locator(".label progress")).to_have_count(0, timeout=60_000)
+    first = page.locator(f".label[data-name='{names[0]}']")
+    first.locator("[data-add]").click()
+    page.locator("#shoot-example").click()
+    page.locator("#camera-shoot:enabled").click()
+    expect(first.locator("[id^=example-]")).to_have_count(5, timeout=60_000)
+    page.keyboard.press("Escape")
+    first.locator("[id^=drop-]").last.click()
+    expect(first.locator("[id^=example-]")).to_have_count(4)
+    snap(page, "08-label-set")
+
+    # Classify a drop, watch it, look why, correct one
+    with page.expect_file_chooser() as chooser:
+        page.locator("#classify-drop label.pick").click()
+    chooser.value.set_files(photos_of(clothing / names[0], 4, skip=6) + photos_of(clothing / names[1], 4, skip=6))
+    expect(page.locator("#results .photo:not(.is-waiting)")).to_have_count(8, timeout=60_000)
+    page.wait_for_url(re.compile(r"/label-sets/[0-9a-f-]+/[a-z/]*[0-9a-f-]+/"))
+    batch_url = page.url
+    page.locator("#results .photo").first.click()
+    expect(page.locator("#evidence .subject")).to_be_visible()
+    snap(page, "09-results")
+    page.keyboard.press("2")
+    expect(page.locator("#results .photo .mark")).to_have_count(1)
+    page.goto(batch_url)
+    expect(page.locator("#results .photo")).to_have_count(8)
+    expect(page.locator("#results .photo .mark")).to_have_count(1)
+
+    # A whole collection, exported
+    page.goto(label_set_url)
+    page.get_by_role("button", name="choose from a collection").click()
+    page.locator("#choose-collection").get_by_role("button", name="Classify").click()
+    page.wait_for_url(lambda url: url != label_set_url and url != batch_url)
+    expect(page.locator("#live-chip")).to_contain_text(f"{count} photos", timeout=120_000)
+    snap(page, "10-results-collection")
+    links = [a.get_attribute("href") or "" for a in page.locator("a[href*='export']").all()]
+    table = page.request.get(next(link for link in links if "csv" in link))
+    rows = list(csv.DictReader(io.StringIO(table.text())))
+    assert len(rows) == count
+    told = json.loads(page.request.get(next(link for link in links if "json" in link)).text())
+    assert len(json.dumps(told)) > count
+
+    # Home with things on it
+    page.goto("/")
+    snap(page, "11-home")
+
+
+def test_from_a_tree_of_folders_to_a_trained_model(page: Page, account: None, grocery: Path) -> None:
+    log_in(page)
+    upload_folder(page, grocery)
+    page.wait_for_timeout(3000)
+    snap(page, "12-home-uploading")
+    page.wait_for_url(re.compile(r"/collections/[0-9a-f-]+/"), timeout=400_000)
+    count = len(list(grocery.rglob("*.jpg")))
+    snap(page, "12-collection-uploading")
+    expect(page.locator("body")).to_contain_text(re.compile(rf"{count:,} accepted|{count} accepted"), timeout=600_000)
+    page.goto(page.url.split("?")[0])
+    snap(page, "13-collection-tree")
+    page.get_by_role("link", name="Train on it").click()
+    page.wait_for_url(re.compile(r"/training/new/"))
+    snap(page, "14-training-new")
+    page.locator("input[name=episodes_per_epoch]").fill("400")
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_url(re.compile(r"/training/[0-9a-f-]{36}/"))
+    run_url = page.url
+    expect(page.locator("body")).to_contain_text("Finished", timeout=300_000)
+    snap(page, "15-run")
+    page.goto(run_url)
+    expect(page.locator("canvas").first).to_be_visible()
+    page.goto("/training/")
+    snap(page, "16-training-list")
+    page.goto("/activity/")
+    snap(page, "17-activity")
+    page.goto("/collections/")
+    snap(page, "18-collections")
+
+
+def test_bad_input_is_answered_with_a_sentence(page: Page, account: None, tmp_path: Path) -> None:
+    log_in(page)
+    folder = tmp_path / "odd"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "text.jpg").write_text("this is no picture")
+    (folder / "a" / "notes.txt").write_text("nor this")
+    upload_folder(page, folder)
+    page.wait_for_url(re.compile(r"/collections/[0-9a-f-]+/"))
+    expect(page.locator("body")).to_contain_text("1 refused", timeout=60_000)
+    expect(page.locator("body")).to_contain_text("text.jpg")
+    snap(page, "19-refused")
