@@ -235,7 +235,7 @@ def _chip(count: int, is_learning: bool, health: dict[str, Any], rival: str) -> 
     if count == 2:
         return Chip("", "info", _("More would help"))
     if expected is None:
-        return Chip("", "info", _("Nothing to compare with"))
+        return Chip("", "info", _("Add another label"))
     if expected < SETTLED:
         return Chip("warn", "warning", _("More would help"))
     return Chip("good", "check", _("Settled"))
