@@ -58,15 +58,18 @@ class TrainConfig:
         _require(self.kind in ("adapt", "full"), f"kind is {self.kind!r}: it is adapt or full")
         if self.kind == "full":
             known = ", ".join(TRAINABLE_BACKBONES)
-            _require(self.backbone in TRAINABLE_BACKBONES, f"backbone is {self.backbone!r}: full training knows {known}")
+            _require(self.backbone in TRAINABLE_BACKBONES, f"backbone is {self.backbone!r}: full knows {known}")
         _require(1 <= self.epochs <= 1000, f"epochs is {self.epochs}: use 1 to 1,000")
-        _require(1 <= self.episodes_per_epoch <= 100_000, f"episodes an epoch is {self.episodes_per_epoch}: use 1 to 100,000")
+        per_epoch = self.episodes_per_epoch
+        _require(1 <= per_epoch <= 100_000, f"episodes an epoch is {per_epoch}: use 1 to 100,000")
         _require(1 <= self.episodes_per_step <= 64, f"episodes a step is {self.episodes_per_step}: use 1 to 64")
         _require(28 <= self.image_size <= 384, f"image size is {self.image_size} px: use 28 to 384")
-        _require(0 < self.learning_rate <= 1, f"learning rate is {self.learning_rate}: use a number above 0, up to 1")
-        _require(1 <= self.eval_every <= self.epochs, f"evaluation every {self.eval_every} epochs: use 1 to {self.epochs}")
+        _require(0 < self.learning_rate <= 1, f"learning rate is {self.learning_rate}: use above 0, up to 1")
+        every = self.eval_every
+        _require(1 <= every <= self.epochs, f"evaluation every {every} epochs: use 1 to {self.epochs}")
         _require(20 <= self.eval_episodes <= 10_000, f"evaluation episodes is {self.eval_episodes}: use 20 to 10,000")
-        _require(0.05 <= self.validation_share <= 0.5, f"validation share is {self.validation_share}: use 0.05 to 0.5")
+        share = self.validation_share
+        _require(0.05 <= share <= 0.5, f"validation share is {share}: use 0.05 to 0.5")
 
     @property
     def total_episodes(self) -> int:

@@ -163,6 +163,7 @@ def meta_train(
     resume: Path | None = None,
     device: str | None = None,
     threads: int | None = None,
+    save_now: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Report]:
     """Train, reporting as it goes; closing the iterator stops the run, its last checkpoint stays.
@@ -174,6 +175,7 @@ def meta_train(
         device: "cpu", "cuda", …; for *full* a GPU where there is one, for *adapt* the CPU.
         threads: of torch on the CPU, while this runs. *Adapt* takes one unless told: its steps are too small to share,
             and on busy cores two threads that wait for each other were ten times slower than one.
+        save_now: asked after each step; a checkpoint is written at once when it says so, for a caller about to leave.
         clock: monotonic seconds.
 
     Raises:
@@ -187,11 +189,13 @@ def meta_train(
         if resume is not None:
             run.restore(Path(resume))
         yield run.started(resumed=resume is not None)
-        yield from _episodes(run, checkpoint, clock)
+        yield from _episodes(run, checkpoint, save_now, clock)
         yield run.finish(checkpoint.with_name(checkpoint.stem + "-model"))
 
 
-def _episodes(run: _Run, checkpoint: Path, clock: Callable[[], float]) -> Iterator[Report]:
+def _episodes(
+    run: _Run, checkpoint: Path, save_now: Callable[[], bool], clock: Callable[[], float]
+) -> Iterator[Report]:
     """The loop: a step, now and then a report, an evaluation, a checkpoint."""
     config = run.config
     pace = _Pace(run, clock)
@@ -209,7 +213,7 @@ def _episodes(run: _Run, checkpoint: Path, clock: Callable[[], float]) -> Iterat
             yield pace.report()
         if evaluate:
             yield run.evaluate()
-        if evaluate or clock() - saved_at >= CHECKPOINT_EVERY_S:
+        if evaluate or clock() - saved_at >= CHECKPOINT_EVERY_S or save_now():
             yield run.save(checkpoint)
             saved_at = clock()
             pace.pause_over()

@@ -1,4 +1,4 @@
-"""What the settings find in a test run: a data folder of its own, a real Valkey in it. A pytest plugin, loaded early."""
+"""What settings find in a test run: a data folder of its own with a real Valkey. A pytest plugin, loaded early."""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ COLOURS = ("crimson", "seagreen", "royalblue", "goldenrod", "purple", "teal", "s
 
 
 def make_user(email: str = "", **values: object) -> User:
-    return User.objects.create_user(email=email or f"person{next(_count)}@example.org", password="a-long-password", **values)
+    return User.objects.create_user(
+        email=email or f"person{next(_count)}@example.org", password="a-long-password", **values
+    )
 
 
 def picture(kind: int = 0, seed: int = 0, *, size: int = 96, format: str = "JPEG") -> bytes:
@@ -56,7 +58,13 @@ def make_photo(collection: Collection, category: str = "", *, name: str = "photo
     n = next(_count)
     sha256 = f"{n:064x}"
     blob = Blob.objects.create(
-        owner=collection.owner, sha256=sha256, size=len(content) or 1, state=Blob.State.READY, width=96, height=96, format="JPEG"
+        owner=collection.owner,
+        sha256=sha256,
+        size=len(content) or 1,
+        state=Blob.State.READY,
+        width=96,
+        height=96,
+        format="JPEG",
     )
     if content:
         from django.core.files.base import ContentFile

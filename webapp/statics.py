@@ -3,7 +3,7 @@
 from whitenoise.storage import CompressedManifestStaticFilesStorage
 
 
-class ModuleStaticFilesStorage(CompressedManifestStaticFilesStorage):
-    """`import "./app.js"` inside a module leads to the hashed name too: by the plain one a page would load app.js twice."""
+class ModuleStaticFilesStorage(CompressedManifestStaticFilesStorage):  # type: ignore[misc]
+    """Imports inside modules lead to the hashed names too: by the plain ones a page would load a module twice."""
 
     support_js_module_import_aggregation = True

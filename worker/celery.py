@@ -45,7 +45,7 @@ app.conf.update(
 class Beat(bootsteps.StartStopStep):
     """Says in Redis that this queue's consumer is alive, from the consumer's own loop."""
 
-    requires = {"celery.worker.consumer.tasks:Tasks"}
+    requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def start(self, consumer: Any) -> None:
         self.say()

@@ -112,7 +112,7 @@ class Reaper:
 
     def resend(self) -> None:
         with redis_client() as redis:
-            waiting = int(redis.llen(self.queue))  # type: ignore[arg-type]
+            waiting = int(redis.llen(self.queue))
         services.resend_unheard(self.queue, waiting_messages=waiting, after=RESEND_AFTER)
 
 

@@ -49,7 +49,8 @@ def train(lease: Lease) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = _data(lease, run, config, folder)
     resume = folder / run.checkpoint if run.checkpoint else None
-    reports = meta_train(config, data, checkpoint=folder / f"attempt-{lease.claim.attempt}.safetensors", resume=resume)
+    checkpoint = folder / f"attempt-{lease.claim.attempt}.safetensors"
+    reports = meta_train(config, data, checkpoint=checkpoint, resume=resume, save_now=lambda: lease.should_leave)
     looked_at = time.monotonic()
     for item in reports:
         _keep(lease, run, item)

@@ -95,7 +95,9 @@ def grocery(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def clothing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     real = SHARED / "clothing"
-    return real if real.is_dir() else picture_folder(tmp_path_factory.mktemp("pictures") / "clothing", classes=5, each=8)
+    if real.is_dir():
+        return real
+    return picture_folder(tmp_path_factory.mktemp("pictures") / "clothing", classes=5, each=10)
 
 
 def snap(page: Page, name: str) -> None:
@@ -109,6 +111,6 @@ def snap(page: Page, name: str) -> None:
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             page.wait_for_timeout(250)
-            page.screenshot(path=folder / f"{name}-{width}-{scheme}.png", full_page=width < 500 or "results" not in name)
+            page.screenshot(path=folder / f"{name}-{width}-{scheme}.png")
     page.set_viewport_size({"width": 1440, "height": 1000})
     page.emulate_media(color_scheme="light")

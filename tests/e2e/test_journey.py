@@ -57,7 +57,7 @@ def test_from_a_folder_to_sorted_photos(page: Page, account: None, clothing: Pat
     page.wait_for_url(re.compile(r"/label-sets/[0-9a-f-]+/"))
     snap(page, "07-label-set-empty")
     label_set_url = page.url
-    for n, name in enumerate(names[:3]):
+    for name in names[:3]:
         page.locator("#new-label-name").fill(name)
         page.locator("#new-label-name").press("Enter")
         card = page.locator(f".label[data-name='{name}']")

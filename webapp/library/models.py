@@ -112,9 +112,9 @@ class Blob(models.Model):
         return self.sha256[:12]
 
     @classmethod
-    def named(cls, owner_id: object, sha256: str, size: int) -> Blob:
+    def named(cls, owner_id: uuid.UUID, sha256: str, size: int) -> Blob:
         """The row of these bytes, not saved; its key follows from them, so nobody has to look it up first."""
-        return cls(pk=uuid.uuid5(uuid.UUID(str(owner_id)), sha256), owner_id=owner_id, sha256=sha256, size=size)
+        return cls(pk=uuid.uuid5(owner_id, sha256), owner_id=owner_id, sha256=sha256, size=size)
 
     @property
     def original_name(self) -> str:

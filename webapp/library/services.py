@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
+from uuid import UUID
 
 from django.conf import settings
 from django.core.files.storage import default_storage
@@ -158,7 +159,7 @@ def store_photo(file: ImportFile, chunks: Iterable[bytes]) -> ImportFile:
     return file
 
 
-def keep_blobs(owner_id: object, received: Sequence[Received]) -> list[Blob]:
+def keep_blobs(owner_id: UUID, received: Sequence[Received]) -> list[Blob]:
     """Name received bytes by their hash and write their rows; the same bytes give the same blob."""
     blobs = [Blob.named(owner_id, item.sha256, item.size) for item in received]
     for item, blob in zip(received, blobs, strict=True):
@@ -303,7 +304,7 @@ def _require_open(batch: Import) -> None:
 
 def _without_repeats(entries: Sequence[Entry]) -> list[Entry]:
     """Each path once; what has no name at all is dropped."""
-    named = {}
+    named: dict[str, Entry] = {}
     for entry in entries:
         path = entry.path.replace("\0", "")[:1000]
         if clean_path(path):
@@ -379,7 +380,7 @@ def _find_or_create_photos(
     """The photo of each file (by the file's id) and whether it is new."""
     collection = batch.collection
     here = Photo.objects.filter(collection=collection, blob__in=[o.file.blob_id for o in outcomes])
-    there = {(photo.blob_id, photo.category_id): photo for photo in here}
+    there: dict[tuple[UUID | None, int | None], Photo] = {(p.blob_id, p.category_id): p for p in here}
     serial = Photo.objects.filter(collection=collection).aggregate(last=Max("serial"))["last"] or 0
     placed: dict[int, tuple[Photo, bool]] = {}
     fresh = []

@@ -18,7 +18,7 @@ CHUNK = 256 * 1024
 class DurableStorage(FileSystemStorage):
     """Django's file storage, but a name appears only once all of its bytes are on the disk; an existing one is kept."""
 
-    def _save(self, name: str, content: File) -> str:
+    def _save(self, name: str, content: File[bytes]) -> str:
         path = Path(self.path(name))
         temporary = self.temporary(path.parent)
         try:
