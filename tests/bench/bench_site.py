@@ -98,7 +98,7 @@ def _put(visitor: Visitor, rows: list[dict[str, Any]], files: dict[str, bytes]) 
 def _label_set(visitor: Visitor) -> str:
     """A label set of five labels with five examples each; its id."""
     visitor.get("/label-sets/")
-    _status, where = visitor.post("/label-sets/create/", name="Bench")
+    _status, where = visitor.post("/label-sets/new/", name="Bench")
     label_set = where.strip("/").split("/")[-1]
     script = (
         "from webapp.labelsets import services as s; from webapp.labelsets.models import LabelSet;"
@@ -128,14 +128,12 @@ async def _timed_drops(visitor: Visitor, label_set: str) -> list[float]:
             data = photo(n % 5, 50_000 + n + int(time.time()))
             begun = time.monotonic()
             opening = {"files": [{"path": f"{n}.jpg", "size": len(data)}], "topK": 3}
-            answer = visitor.post_json(f"/label-sets/{label_set}/classify/", opening)
-            job = visitor.post_json  # keep the name short below
+            answer = visitor.post_json(f"/label-sets/{label_set}/drop/", opening)
             visitor.put_files(answer["files"], {f"{n}.jpg": data})
-            job(answer["closeUrl"], {})
-            batch = answer["pageUrl"].strip("/").split("/")[-1]
+            visitor.post_json(answer["closeUrl"], {})
             await socket.send(json.dumps({"subscribe": {answer["classificationJob"]: 0}}))
             await _until_answered(socket, answer["classificationJob"])
-            status, fragment = visitor.get(f"/classifications/{batch}/results/")
+            status, fragment = visitor.get(answer["resultsUrl"])
             times.append(time.monotonic() - begun)
             assert status == 200 and b"label" in fragment
     return times
@@ -152,7 +150,7 @@ def _train(visitor: Visitor) -> None:
     script = (
         "from webapp.training import services as s; from webapp.library.models import Collection;"
         "from fewshot_engine.config import TrainConfig;"
-        "c=Collection.objects.get(name='Bench');"
+        "c=Collection.objects.get(name='Bench', purpose='library');"
         "s.start_run(c.owner, c, TrainConfig(kind='full', backbone='conv4', epochs=50, episodes_per_epoch=1000))"
     )
     visitor.studio.manage("shell", "-c", script)
