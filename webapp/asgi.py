@@ -27,8 +27,8 @@ from webapp.guard import BodyGuard
 def _hold_database_open() -> Any:
     """One idle connection for as long as the site runs, where the database is SQLite.
 
-    Every request closes its own; when that is the last one, SQLite folds its write-ahead log into the file, which costs a
-    PUT as much as the writing itself.
+    Every request closes its own; when that is the last one, SQLite folds its write-ahead log into the file, which
+    costs a PUT as much as the writing itself.
     """
     if connection.vendor != "sqlite":
         return None

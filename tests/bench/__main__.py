@@ -1,4 +1,4 @@
-"""`make bench`: every figure that the product promises, beside its budget or its peer. `make bench ARGS=site` runs one."""
+"""`make bench`: the figures that the product promises, beside budgets and peers. `make bench ARGS=site` runs one."""
 
 from __future__ import annotations
 
