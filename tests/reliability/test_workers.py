@@ -31,6 +31,7 @@ def studio() -> Iterator[Studio]:
         visitor.sign_up()
         files = [(f"class {k}/{n}.jpg", picture(k, n)) for k in range(12) for n in range(12)]
         visitor.wait_for_import(visitor.upload_folder(files, name="Shapes"))
+        visitor.connection.close()
         yield running
 
 
