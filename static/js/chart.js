@@ -71,6 +71,8 @@ export function lineChart(box, { tone, unit = "", digits = 1, total, hasBand = f
   function drawLines(u) {
     const { ctx, bbox } = u;
     const ratio = devicePixelRatio;
+    // Words stand above their line unless that is where other words, or the curve itself, are.
+    const curve = points.filter(([x]) => x > total * 0.55).map(([, y]) => u.valToPos(y, "y", true) + 4 * ratio);
     const taken = [];
     ctx.save();
     ctx.font = `${12 * ratio}px ui-sans-serif, system-ui, sans-serif`;
@@ -85,7 +87,7 @@ export function lineChart(box, { tone, unit = "", digits = 1, total, hasBand = f
       ctx.lineTo(bbox.left + bbox.width, y);
       ctx.stroke();
       let at = y - 6 * ratio;
-      if (at - 12 * ratio < bbox.top || taken.some((other) => Math.abs(other - at) < 14 * ratio)) at = y + 15 * ratio;
+      if (at - 12 * ratio < bbox.top || taken.some((other) => Math.abs(other - at) < 14 * ratio) || curve.some((other) => Math.abs(other - at) < 10 * ratio)) at = y + 15 * ratio;
       taken.push(at);
       ctx.fillStyle = colours.faint;
       ctx.fillText(line.text, bbox.left + bbox.width - 2 * ratio, at);
