@@ -397,7 +397,7 @@ class _Reading:
         if row["verdict"] == NONE:
             return _("nearest: %(name)s") % {"name": nearest}
         confidence = percent(row["current__confidence"])
-        return f"{nearest} {confidence}" if row["verdict"] == UNSURE else confidence
+        return f"{confidence} {nearest}" if row["verdict"] == UNSURE else confidence  # a long name is cut, the figure never
 
 
 def _key(verdict: str, label_id: UUID | None) -> str:
