@@ -396,8 +396,8 @@ class _Reading:
             return _("by you")
         if row["verdict"] == NONE:
             return _("nearest: %(name)s") % {"name": nearest}
-        confidence = percent(row["current__confidence"])
-        return f"{confidence} {nearest}" if row["verdict"] == UNSURE else confidence  # a long name is cut, the figure never
+        confidence = percent(row["current__confidence"])  # before the name: a long one is cut, the figure never
+        return f"{confidence} {nearest}" if row["verdict"] == UNSURE else confidence
 
 
 def _key(verdict: str, label_id: UUID | None) -> str:
