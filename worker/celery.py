@@ -20,7 +20,7 @@ from django.conf import settings
 
 from webapp.health import BEAT_EVERY_S, BEAT_KEY, BEAT_LASTS_S, redis_client
 from webapp.queue import TRANSPORT
-from worker import leases
+from worker import janitor, leases
 
 QUEUE = os.environ.get("WORKER_QUEUE", "interactive")
 NICENESS = {"interactive": 0, "ingest": 5, "training": 15}  # an answer comes before an import, that before a training
@@ -74,6 +74,8 @@ def _begin(**_kwargs: Any) -> None:
 @signals.worker_ready.connect
 def _watch(**_kwargs: Any) -> None:
     leases.start_reaper(QUEUE)
+    if QUEUE == "ingest":
+        janitor.start()
 
 
 @signals.worker_shutting_down.connect
