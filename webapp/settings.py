@@ -189,7 +189,6 @@ LOCALE_PATHS = [BASE_DIR / "locale"]
 # Jobs (reliability: the database is the truth) --------------------------------------------------
 JOB_LEASE_S = env.int("JOB_LEASE_S", default=20)
 JOB_MAX_TRIES = 3
-CHECKPOINT_EVERY_S = 60
 
 LOGGING = {
     "version": 1,

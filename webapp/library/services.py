@@ -32,7 +32,6 @@ PHOTO_ENDINGS = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif", "avif")
 )
 MAX_DEPTH = 8
-MAX_MANIFEST = 1000
 
 
 class UploadError(Exception):
