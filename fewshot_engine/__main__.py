@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import json
 import os
 import sys
@@ -68,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_encoder(bench)
     bench.set_defaults(run=_bench)
 
-    if importlib.util.find_spec("fewshot_engine.cli_train") is not None:  # `train` and `evaluate`
-        importlib.import_module("fewshot_engine.cli_train").add_parsers(commands)
+    for module in ("cli_train", "cli_evaluate"):  # they import this one
+        importlib.import_module(f"fewshot_engine.{module}").add_parsers(commands)
     return parser
 
 
