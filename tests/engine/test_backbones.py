@@ -27,13 +27,25 @@ def test_every_trainable_backbone_is_in_the_table():
     assert set(TRAINABLE_BACKBONES) <= BACKBONES.keys()
 
 
-def test_lite0_is_the_package_s_network_before_its_last_layer():
-    backbone = get_backbone("efficientnet-lite0")
+def test_resnet12_is_the_network_of_easyfsl():
+    from easyfsl.modules import resnet12
+
+    theirs, ours = resnet12().eval(), get_backbone("resnet12").build().eval()
+    ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")})
+    pixels = torch.rand(2, 3, 84, 84, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(pixels), theirs(pixels))
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_lite_is_the_package_s_network_before_its_last_layer(number):
+    backbone = get_backbone(f"efficientnet-lite{number}")
     from efficientnet_lite_pytorch import EfficientNet
 
-    whole = EfficientNet.from_name("efficientnet-lite0").eval()
+    whole = EfficientNet.from_name(backbone.name).eval()
     whole.load_state_dict(torch.load(backbone.weights(), weights_only=True))
-    pixels = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    side = backbone.image_size
+    pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(whole._fc(backbone.build().eval()(pixels)), whole(pixels))
 
