@@ -10,7 +10,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +25,7 @@ from fewshot_engine.errors import ConfigError, DataError
 PHOTO_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 )
-
-
+Pixels = NDArray[np.uint8] | Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 CACHE_BATCH = 256  # photos decoded between two entries in the journal of a pixel cache
 
 
@@ -93,6 +92,50 @@ class EpisodePlan:
     def photos(self) -> int:
         """Photos of one episode, support and query together."""
         return self.way * (self.shot + self.query)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainData:
+    """What a run learns from.
+
+    Attributes:
+        classes: class names.
+        labels: (n,) int64, indices into `classes`.
+        groups: (n,) or None; see `LabelledImages`.
+        embeddings: (n, dim) float32 of the frozen backbone, for *adapt*; may be a memory map.
+        pixels: for *full*: (n, s, s, 3) uint8, may be a memory map; or a function from (m,) indices to (m, s, s, 3).
+        split: base and validation classes; drawn from the configuration's seed when None.
+    """
+
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    groups: NDArray[np.int64] | None = None
+    embeddings: NDArray[np.float32] | None = None
+    pixels: Pixels | None = None
+    split: ClassSplit | None = None
+
+    def __post_init__(self) -> None:
+        check_labels(self.classes, self.labels, self.groups)
+        for name, rows in (("embeddings", self.embeddings), ("pixels", self.pixels)):
+            if rows is not None and not callable(rows) and len(rows) != len(self.labels):
+                raise ConfigError(f"{len(rows)} rows of {name} for {len(self.labels)} labels: each photo has one row")
+        if self.embeddings is not None and self.embeddings.ndim != 2:
+            raise ConfigError(f"embeddings are of shape {self.embeddings.shape}: they are (n, dim)")
+
+    def counts(self) -> dict[str, int]:
+        """Class name -> photos that an episode can tell apart."""
+        return count_photos(self.classes, self.labels, self.groups)
+
+    def fingerprint(self) -> str:
+        """Says whether two runs learn from the same data: names, labels, groups and a sample of the rows."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        digest.update(np.ascontiguousarray(self.labels).tobytes())
+        digest.update(b"" if self.groups is None else np.ascontiguousarray(self.groups).tobytes())
+        sample = np.unique(np.linspace(0, len(self.labels) - 1, num=64, dtype=np.int64))
+        for rows in (self.embeddings, self.pixels):
+            if rows is not None:
+                digest.update(np.ascontiguousarray(rows(sample) if callable(rows) else rows[sample]).tobytes())
+        return digest.hexdigest()
 
 
 def from_folder(root: str | Path, level: str | int = "leaf") -> LabelledImages:

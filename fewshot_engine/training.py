@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,80 +17,33 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fewshot_engine import checkpoints
-from fewshot_engine.backbones import get_backbone
+from fewshot_engine.adaptation import Adapter
 from fewshot_engine.config import ENGINE_VERSION, EpisodeConfig, TrainConfig
 from fewshot_engine.datasets import (
     ClassSplit,
     EpisodePlan,
+    TrainData,
     check_episode,
-    check_labels,
     count_photos,
     one_class_per_group,
     split_for,
 )
 from fewshot_engine.episodes import EpisodeSampler
-from fewshot_engine.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
+from fewshot_engine.errors import CheckpointError, DataError, TrainingDiverged
 from fewshot_engine.evaluation import Score, episode_accuracies
+from fewshot_engine.networks import Network
+from fewshot_engine.optimisers import AdamW
 from fewshot_engine.recipes import save_model
-
-Pixels = NDArray[np.uint8] | Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 
 CHECKPOINT_EVERY_S = 60.0
 REPORT_EVERY_S = 0.25
-SHRINKAGE = 3.0  # of the within-class scatter, in units of its mean eigenvalue (measured on grocery)
-RANK = 128  # of the correction that the episodes learn on top of the closed form
-TABLE_PHOTOS = 6000  # up to this many, *adapt* keeps the products of all pairs: 144 MB at most
 FIRST_SCALE = 10.0  # of the cosines before the softmax; learned from there
 EVALUATION_PHOTOS = 100  # a class at most: more photos of a class cost time and hardly narrow the interval
 EVALUATION_SEED = 1_000_003  # keeps the episodes of evaluation apart from those of training
-
-
-@dataclass(frozen=True, eq=False)
-class TrainData:
-    """What a run learns from.
-
-    Attributes:
-        classes: class names.
-        labels: (n,) int64, indices into `classes`.
-        groups: (n,) or None; see `LabelledImages`.
-        embeddings: (n, dim) float32 of the frozen backbone, for *adapt*; may be a memory map.
-        pixels: for *full*: (n, s, s, 3) uint8, may be a memory map; or a function from (m,) indices to (m, s, s, 3).
-        split: base and validation classes; drawn from the configuration's seed when None.
-    """
-
-    classes: tuple[str, ...]
-    labels: NDArray[np.int64]
-    groups: NDArray[np.int64] | None = None
-    embeddings: NDArray[np.float32] | None = None
-    pixels: Pixels | None = None
-    split: ClassSplit | None = None
-
-    def __post_init__(self) -> None:
-        check_labels(self.classes, self.labels, self.groups)
-        for name, rows in (("embeddings", self.embeddings), ("pixels", self.pixels)):
-            if rows is not None and not callable(rows) and len(rows) != len(self.labels):
-                raise ConfigError(f"{len(rows)} rows of {name} for {len(self.labels)} labels: each photo has one row")
-        if self.embeddings is not None and self.embeddings.ndim != 2:
-            raise ConfigError(f"embeddings are of shape {self.embeddings.shape}: they are (n, dim)")
-
-    def counts(self) -> dict[str, int]:
-        """Class name -> photos that an episode can tell apart."""
-        return count_photos(self.classes, self.labels, self.groups)
-
-    def fingerprint(self) -> str:
-        """Says whether two runs learn from the same data: names, labels, groups and a sample of the rows."""
-        digest = hashlib.sha256(repr(self.classes).encode())
-        digest.update(np.ascontiguousarray(self.labels).tobytes())
-        digest.update(b"" if self.groups is None else np.ascontiguousarray(self.groups).tobytes())
-        sample = np.unique(np.linspace(0, len(self.labels) - 1, num=64, dtype=np.int64))
-        for rows in (self.embeddings, self.pixels):
-            if rows is not None:
-                digest.update(np.ascontiguousarray(rows(sample) if callable(rows) else rows[sample]).tobytes())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -262,11 +214,11 @@ class _Run:
         self.sampler = EpisodeSampler(
             base, episode=self.plan, generator=torch.Generator().manual_seed(config.seed), groups=data.groups
         )
-        make = _Adapter if config.kind == "adapt" else _Network
+        make = Adapter if config.kind == "adapt" else Network
         self.learner: _Learner = make(config, data, base, self.validation.photos, device)
         self.log_scale = torch.tensor(math.log(FIRST_SCALE), device=device, requires_grad=True)
         self.parameters = [*self.learner.parameters(), self.log_scale]
-        self.optimiser = _AdamW(config, self.parameters)
+        self.optimiser = AdamW(config, self.parameters)
         self.episode = 0
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, accuracy, episodes: since the last Step
         self.since_evaluation = torch.zeros_like(self.sums)
@@ -485,300 +437,6 @@ def prototypical_loss(cosines: Tensor, *, way: int, shot: int, scale: Tensor) ->
     return F.cross_entropy(logits.flatten(0, 2), truth.flatten()), accuracy
 
 
-def closed_form(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre by the mean, whiten by the within-class scatter S shrunk by its mean eigenvalue: (S + 3 m I)^(-1/2).
-
-    Directions in which photos of one class differ count less; as many directions as there are classes gain from it.
-    The map is scaled by sqrt(m), so that its size does not depend on the embeddings'.
-
-    Args:
-        embeddings: (n, dim), L2-normalised, of the base classes.
-        labels: (n,) class indices.
-
-    Returns:
-        The centre (dim,) and the map (dim, dim), symmetric: an embedding x becomes (x - centre) @ map.
-    """
-    x = embeddings.double()
-    _, index = torch.unique(labels, return_inverse=True)
-    sizes = torch.bincount(index).double()
-    residuals = (x - class_means(x, index)[index]) / sizes[
-        index, None
-    ].sqrt()  # classes count alike, whatever their size
-    residuals /= len(sizes) ** 0.5  # S = residuals' @ residuals
-    mean_eigenvalue = (residuals.square().sum() / x.shape[1]).clamp(min=1e-12)
-    values, vectors = _principal_axes(residuals)
-    rest = SHRINKAGE**-0.5  # what the stretch is where the scatter is zero
-    stretch = (mean_eigenvalue / (values + SHRINKAGE * mean_eigenvalue)).sqrt() - rest
-    whole = (vectors * stretch) @ vectors.T + rest * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    return x.mean(dim=0).float(), whole.float()
-
-
-def _principal_axes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (r,) above zero of rows' @ rows and their eigenvectors (dim, r), by way of the smaller product."""
-    if len(rows) >= rows.shape[1]:
-        values, vectors = torch.linalg.eigh(rows.T @ rows)
-        return values.clamp(min=0), vectors
-    values, vectors = torch.linalg.eigh(rows @ rows.T)
-    kept = values > 1e-10 * values[-1].clamp(min=1e-12)
-    values = values[kept]
-    return values, rows.T @ (vectors[:, kept] / values.sqrt())
-
-
-def principal_directions(embeddings: Tensor, labels: Tensor, rank: int) -> Tensor:
-    """(dim, r), orthonormal: where the class means differ most; r is `rank`, or less when there are few classes."""
-    _, index = torch.unique(labels, return_inverse=True)
-    means = class_means(embeddings.double(), index)
-    _, values, directions = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False)
-    kept: Tensor = directions[: max(1, min(rank, int((values > 1e-9 * values[0]).sum())))]
-    return kept.mT.float().contiguous()
-
-
-def class_means(embeddings: Tensor, index: Tensor) -> Tensor:
-    """(n_classes, dim) from (n, dim) and (n,) in [0, n_classes), none of them empty."""
-    sizes = torch.bincount(index).to(embeddings.dtype)
-    sums = embeddings.new_zeros(len(sizes), embeddings.shape[1]).index_add_(0, index, embeddings)
-    return sums / sizes[:, None]
-
-
-class _Adapter:
-    """The map of *adapt*: z = (x - centre) @ W in closed form, then y = z + (z D) M D', with M learned from zero.
-
-    D holds the directions in which the base classes' means differ most, so M has few numbers to learn; and every photo
-    is projected on D once, before the first episode, so a step never touches the long embeddings.
-    """
-
-    starts_trained = True
-
-    def __init__(
-        self, config: TrainConfig, data: TrainData, base: NDArray[np.int64], validation: Tensor, device: torch.device
-    ) -> None:
-        if data.embeddings is None:
-            raise ConfigError("adapt learns from embeddings, and none were given")
-        self.backbone = config.backbone
-        self.generator = torch.Generator()  # adapt augments nothing
-        rows = np.union1d(np.flatnonzero(base >= 0), validation.numpy())
-        self.place = torch.full((len(base),), -1, dtype=torch.long)  # photo -> row of what is kept here
-        self.place[torch.from_numpy(rows)] = torch.arange(len(rows))
-        self.place = self.place.to(device)
-        used = torch.from_numpy(np.asarray(data.embeddings[rows], dtype=np.float32))
-        if not bool(torch.isfinite(used).all()):
-            raise DataError("some embeddings are no numbers; compute them again")
-        self.frozen = F.normalize(used, dim=1).to(device)
-        labels = torch.from_numpy(base[rows]).to(device)
-        self.trained_on = labels >= 0
-        self.labels = labels[self.trained_on]
-        self.centre, self.map = closed_form(self.frozen[self.trained_on], self.labels)
-        self.directions = principal_directions(self._features()[self.trained_on], self.labels, RANK)
-        self.inner = torch.zeros(self.directions.shape[1], self.directions.shape[1], device=device, requires_grad=True)
-        self._project_all()
-
-    def parameters(self) -> list[Tensor]:
-        return [self.inner]
-
-    def cosines(self, photos: Tensor) -> Tensor:
-        """By multiplying out y y' = z z' + p (M + M' + M M') p', with p = z D."""
-        rows = self.place[photos.to(self.place.device)]  # (b, p)
-        short = self.short[rows]  # (b, p, rank)
-        metric = self.inner + self.inner.mT + self.inner @ self.inner.mT
-        products = self._products(rows) + torch.bmm(short @ metric, short.mT)
-        shrink = products.diagonal(dim1=1, dim2=2).clamp(min=1e-12).rsqrt()  # (b, p), 1 / length
-        return products * shrink[:, :, None] * shrink[:, None, :]
-
-    def embed_frozen(self, photos: Tensor) -> Tensor:
-        return self.frozen[self.place[photos.to(self.place.device)]]
-
-    @torch.no_grad()
-    def embed_trained(self, photos: Tensor) -> Tensor:
-        rows = self.place[photos.to(self.place.device)]
-        return self.features[rows] + self.short[rows] @ self.inner @ self.directions.mT
-
-    def state(self) -> dict[str, Tensor]:
-        tensors = {name: getattr(self, name) for name in ("inner", "directions", "centre", "map")}
-        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name in ("inner", "directions", "centre", "map"):
-                getattr(self, name).copy_(state[name])
-        self._project_all()
-
-    def model(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        directions = state["directions"]
-        whole = state["map"] + (state["map"] @ directions) @ state["inner"] @ directions.mT  # (dim, dim)
-        card = {"backbone": self.backbone, "dim": len(whole), "applies": "normalise((normalise(x) - centre) @ map)"}
-        return {"centre": state["centre"], "map": whole}, card
-
-    def _features(self) -> Tensor:
-        """z, scaled to a length of about 1, so that a learning rate means the same for every backbone."""
-        z = (self.frozen - self.centre) @ self.map
-        length: Tensor = torch.linalg.vector_norm(z[self.trained_on], dim=1).mean()
-        return z / length
-
-    def _project_all(self) -> None:
-        self.features = self._features()
-        self.short = self.features @ self.directions
-        small = len(self.features) <= TABLE_PHOTOS
-        self.table = self.features @ self.features.mT if small else None
-
-    def _products(self, rows: Tensor) -> Tensor:
-        """(b, p) -> (b, p, p), z z'; looked up where a table of all pairs is small enough to keep."""
-        if self.table is not None:
-            return self.table[rows[:, :, None], rows[:, None, :]]
-        z = self.features[rows]
-        return torch.bmm(z, z.mT)
-
-
-class _Network:
-    """The backbone of *full*, from pixels: uint8 until they are on the device, where all of them stay if they fit."""
-
-    starts_trained = False
-
-    def __init__(
-        self, config: TrainConfig, data: TrainData, base: NDArray[np.int64], validation: Tensor, device: torch.device
-    ) -> None:
-        if data.pixels is None:
-            raise ConfigError("full learns from pixels, and none were given")
-        entry = get_backbone(config.backbone)
-        self.entry, self.config, self.device = entry, config, device
-        self.pixels = _on_device(data.pixels, device)
-        self.generator = torch.Generator(device=device).manual_seed(config.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.net: nn.Module = entry.build(config.image_size).to(device)
-        if device.type == "cuda":
-            self.net = self.net.to(memory_format=torch.channels_last)
-        self.mean = torch.tensor(entry.mean, device=device).view(3, 1, 1)
-        self.std = torch.tensor(entry.std, device=device).view(3, 1, 1)
-
-    def parameters(self) -> list[Tensor]:
-        return list(self.net.parameters())
-
-    def cosines(self, photos: Tensor) -> Tensor:
-        self.net.train()
-        if self.entry.pretrained:  # an episode's few classes would make poor statistics of batch normalisation
-            for module in self.net.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
-        x = augment(self._pictures(photos.flatten()), self.generator, flips=self.config.flips)
-        z = F.normalize(self._forward(x), dim=1).view(*photos.shape, -1)  # (b, p, dim)
-        return torch.bmm(z, z.mT)
-
-    def embed_frozen(self, photos: Tensor) -> Tensor:
-        return self.embed_trained(photos)  # asked for before the first step only
-
-    @torch.no_grad()
-    def embed_trained(self, photos: Tensor) -> Tensor:
-        self.net.eval()
-        size = 256 if self.device.type == "cuda" else 32
-        return torch.cat([self._forward(self._pictures(part)) for part in torch.split(photos, size)])
-
-    def _pictures(self, photos: Tensor) -> Tensor:
-        """(m,) -> (m, 3, s, s) float32 in [0, 1]."""
-        if callable(self.pixels):
-            raw = torch.from_numpy(np.ascontiguousarray(self.pixels(photos.numpy())))
-        elif isinstance(self.pixels, Tensor):
-            raw = self.pixels[photos.to(self.pixels.device)]
-        else:
-            raw = torch.from_numpy(np.ascontiguousarray(self.pixels[photos.numpy()]))
-        side = self.config.image_size
-        if raw.shape[1:] != (side, side, 3) or raw.dtype != torch.uint8:
-            raise ConfigError(f"pixels are {raw.dtype} {tuple(raw.shape[1:])}: they are uint8 ({side}, {side}, 3)")
-        return raw.to(self.device).permute(0, 3, 1, 2).float() / 255
-
-    def _forward(self, pictures: Tensor) -> Tensor:
-        x = (pictures - self.mean) / self.std
-        cuda = self.device.type == "cuda"
-        x = x.contiguous(memory_format=torch.channels_last if cuda else torch.contiguous_format)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=cuda):
-            features: Tensor = self.net(x)
-        return features.float()
-
-    def state(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self.net.state_dict().items()}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        self.net.load_state_dict(state)
-
-    def model(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        size = self.config.image_size
-        card = {
-            "backbone": self.entry.name,
-            "image_size": size,
-            "mean": list(self.entry.mean),
-            "std": list(self.entry.std),
-            "dim": self.entry.dim(size),
-        }
-        return state, card
-
-
-def augment(pictures: Tensor, generator: torch.Generator, *, flips: bool) -> Tensor:
-    """Each picture turned by up to 10°, scaled by up to 10 %, moved by up to 6 %, and mirrored half of the time.
-
-    Small enough to change no meaning, but that mirrored letters are others: hence `flips`.
-
-    Args:
-        pictures: (n, 3, s, s) float in any range; what comes in at the border repeats its edge.
-    """
-    n = len(pictures)
-    uniform = torch.rand(5, n, generator=generator, device=pictures.device) * 2 - 1
-    angle, scale = uniform[0] * math.radians(10), 1 + 0.1 * uniform[1]
-    mirror = torch.where(uniform[4] < 0, -1.0, 1.0) if flips else torch.ones_like(scale)
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    rows = [cos * mirror, -sin, 0.12 * uniform[2], sin * mirror, cos, 0.12 * uniform[3]]  # 2 is the picture's width
-    theta = torch.stack(rows, dim=1).view(n, 2, 3)
-    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
-    return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-class _AdamW:
-    """AdamW (Loshchilov and Hutter 2019). torch.optim's would import the compiler: 5 s and more before the first step.
-
-    The last parameter is the scale: a single number, so it learns faster than weights do, and nothing pulls it to zero.
-    """
-
-    BETAS = (0.9, 0.999)
-    EPSILON = 1e-8
-
-    def __init__(self, config: TrainConfig, parameters: list[Tensor]) -> None:
-        decay = 5e-4 if config.kind == "full" else 0.0
-        weights, scale = parameters[:-1], parameters[-1:]
-        self.groups = [(weights, config.learning_rate, decay), (scale, min(10 * config.learning_rate, 1e-2), 0.0)]
-        self.moments = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
-        self.squares = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
-        self.steps = 0
-
-    @torch.no_grad()
-    def step(self, gradients: tuple[Tensor, ...], share: float) -> None:
-        """One step at `share` of the learning rate; gradients in the order of the parameters."""
-        self.steps += 1
-        slow, slower = self.BETAS
-        torch._foreach_lerp_(self.moments, gradients, 1 - slow)
-        torch._foreach_mul_(self.squares, slower)
-        torch._foreach_addcmul_(self.squares, gradients, gradients, 1 - slower)
-        first = 0
-        for parameters, rate, decay in self.groups:
-            part = slice(first, first + len(parameters))
-            first = part.stop
-            rate *= share
-            if decay:
-                torch._foreach_mul_(parameters, 1 - rate * decay)
-            divisors = torch._foreach_sqrt(self.squares[part])
-            torch._foreach_div_(divisors, (1 - slower**self.steps) ** 0.5)
-            torch._foreach_add_(divisors, self.EPSILON)
-            torch._foreach_addcdiv_(parameters, self.moments[part], divisors, -rate / (1 - slow**self.steps))
-
-    def state(self) -> dict[str, Tensor]:
-        both = {"moments": self.moments, "squares": self.squares}
-        tensors = {f"optimiser.{name}.{i}": tensor for name, kept in both.items() for i, tensor in enumerate(kept)}
-        return {**tensors, "optimiser.steps": torch.tensor(self.steps)}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        for name, kept in (("moments", self.moments), ("squares", self.squares)):
-            for i, tensor in enumerate(kept):
-                tensor.copy_(state[f"{name}.{i}"])
-        self.steps = int(state["steps"])
-
-
 class _Validation:
     """The episodes that every score of a run is made on: the same ones, so that scores can be compared in pairs."""
 
@@ -881,14 +539,6 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _to_numpy(tensor: Tensor) -> NDArray[Any]:
     array: NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
     return array
-
-
-def _on_device(pixels: Pixels, device: torch.device) -> Pixels | Tensor:
-    """All of the photos on the GPU if they take less than a third of what is free there."""
-    if device.type != "cuda" or callable(pixels):
-        return pixels
-    free, _ = torch.cuda.mem_get_info(device)
-    return torch.tensor(np.asarray(pixels), device=device) if pixels.nbytes < free / 3 else pixels
 
 
 def _chosen_device(config: TrainConfig, device: str | None) -> torch.device:

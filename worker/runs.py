@@ -15,7 +15,7 @@ from django.core.files.storage import default_storage
 from django.utils.translation import gettext as _
 
 from fewshot_engine.config import TrainConfig
-from fewshot_engine.datasets import build_pixel_cache, read_pixel_cache
+from fewshot_engine.datasets import TrainData, build_pixel_cache, read_pixel_cache
 from fewshot_engine.errors import DataError
 from fewshot_engine.training import (
     Evaluated,
@@ -24,7 +24,6 @@ from fewshot_engine.training import (
     Saved,
     Started,
     Step,
-    TrainData,
     meta_train,
 )
 from webapp.jobs.models import Job

@@ -15,7 +15,8 @@ from statistics import median
 import numpy as np
 
 from fewshot_engine.config import EpisodeConfig, TrainConfig
-from fewshot_engine.training import Evaluated, Finished, Step, TrainData, meta_train
+from fewshot_engine.datasets import TrainData
+from fewshot_engine.training import Evaluated, Finished, Step, meta_train
 
 
 def measure_adapt(*, dim: int, episodes_per_step: int) -> dict[str, object]:

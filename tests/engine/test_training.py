@@ -5,10 +5,13 @@ import pytest
 import torch
 
 from fewshot_engine import checkpoints, training
+from fewshot_engine.adaptation import closed_form, principal_directions
 from fewshot_engine.config import EpisodeConfig, TrainConfig
-from fewshot_engine.datasets import ClassSplit
+from fewshot_engine.datasets import ClassSplit, TrainData
 from fewshot_engine.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from fewshot_engine.evaluation import evaluate
+from fewshot_engine.networks import augment
+from fewshot_engine.optimisers import AdamW
 from fewshot_engine.recipes import apply_recipe, load_model
 from fewshot_engine.training import (
     Evaluated,
@@ -16,11 +19,7 @@ from fewshot_engine.training import (
     Saved,
     Started,
     Step,
-    TrainData,
-    augment,
-    closed_form,
     meta_train,
-    principal_directions,
     prototypical_loss,
 )
 
@@ -341,7 +340,7 @@ def test_the_optimiser_is_adamw():
     rng = np.random.default_rng(0)
     start, gradients = rng.standard_normal(7), rng.standard_normal((5, 7))
     parameters = [torch.tensor(start[:6]).view(2, 3), torch.tensor(start[6])]
-    optimiser = training._AdamW(config, parameters)
+    optimiser = AdamW(config, parameters)
     for row in torch.tensor(gradients):
         optimiser.step((row[:6].view(2, 3), row[6]), 1.0)
     weights = slow_adamw(start[:6].copy(), gradients[:, :6], rate=1e-3, decay=5e-4)
