@@ -23,6 +23,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 ANONYMOUS_BYTES = 64 * 1024
 FILE_PATH = re.compile(r"^/imports/[0-9a-f-]+/(files|chunks)/\d+/$")
+FORM_PATH = re.compile(r"^/labels/[0-9a-f-]+/examples/upload/$")
 
 
 class TooLarge(Exception):
@@ -56,6 +57,8 @@ class BodyGuard:
 
 def _limit(path: str) -> int:
     """The most bytes of body that an address takes."""
+    if FORM_PATH.match(path):
+        return settings.MAX_FORM_BYTES
     found = FILE_PATH.match(path)
     if not found:
         return settings.DATA_UPLOAD_MAX_MEMORY_SIZE

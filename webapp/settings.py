@@ -125,6 +125,7 @@ WHITENOISE_AUTOREFRESH = DEBUG
 MAX_PHOTO_BYTES = env.int("MAX_PHOTO_MB", default=64) * 1024 * 1024
 MAX_ZIP_BYTES = env.int("MAX_ZIP_GB", default=20) * 1024**3
 ZIP_CHUNK_BYTES = 8 * 1024 * 1024
+MAX_FORM_BYTES = MAX_PHOTO_BYTES  # of photos in one plain form, together
 DATA_UPLOAD_MAX_MEMORY_SIZE = (
     2 * 1024 * 1024
 )  # JSON and forms; photos are read from the spooled body, see library.views

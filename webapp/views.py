@@ -7,12 +7,14 @@ from django.utils.translation import gettext as _
 from django.views.decorators.http import require_safe
 
 from webapp.home import read_home
+from webapp.labelsets.cards import label_choices
 from webapp.library.doors import person
 
 
 @require_safe
 def home(request: HttpRequest) -> HttpResponse:
-    return render(request, "home.html", {"home": read_home(person(request)), "greeting": _greeting()})
+    user = person(request)
+    return render(request, "home.html", {"home": read_home(user), "greeting": _greeting(), **label_choices(user)})
 
 
 def _greeting() -> str:

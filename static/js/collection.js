@@ -1,6 +1,7 @@
 // A collection: its grid, what is selected in it, the photo looked at, and what is being uploaded into it.
 import { Idiomorph } from "../vendor/idiomorph.esm.js";
-import { element, isTyping, openDialog, request, toast, toastError } from "./app.js";
+import { isTyping, openDialog, request, toast, toastError } from "./app.js";
+import { labelChoice } from "./labelchoice.js";
 import { watch } from "./live.js";
 import { arrange, filesFromDrop, filesFromInput, showSending, upload } from "./upload.js";
 
@@ -154,7 +155,10 @@ mode.addEventListener("click", () => {
   showSelection();
 });
 bar.querySelector("[data-clear]").addEventListener("click", clearSelection);
-bar.querySelector("[data-use-as-examples]").addEventListener("click", () => openDialog("use-as-examples"));
+bar.querySelector("[data-use-as-examples]").addEventListener("click", () => {
+  openDialog("use-as-examples");
+  choice?.proposeName();
+});
 
 document.addEventListener("keydown", (event) => {
   if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || isTyping(event.target)) return;
@@ -222,48 +226,18 @@ viewer.addEventListener("close", () => viewed?.querySelector("a").focus());
 
 // Using photos as examples ------------------------------------------------------------------------------
 
-const NEW_LABEL = "new";
 const examples = document.querySelector("#use-as-examples form");
+const choice = examples && labelChoice(commonCategory);
 
 if (examples) {
-  const { sets, noId, examplesUrl } = JSON.parse(document.getElementById("labels-by-set").textContent);
-  const set = document.getElementById("examples-set");
-  const label = document.getElementById("examples-label");
-  const name = document.getElementById("examples-name");
   const trouble = examples.querySelector("[data-error]");
-
-  const listLabels = () => {
-    const options = sets[set.value].labels.map((one) => element("option", { value: one.id }, one.name));
-    label.replaceChildren(...options, element("option", { value: NEW_LABEL }, gettext("A new label…")));
-    showName();
-  };
-  const showName = () => {
-    document.getElementById("examples-new").hidden = label.value !== NEW_LABEL;
-    if (label.value === NEW_LABEL && !name.value) name.value = commonCategory();
-  };
-  const addTo = async () => {
-    const chosen = sets[set.value];
-    let one = chosen.labels.find(({ id }) => id === label.value);
-    if (!one) {
-      const made = await request(chosen.addUrl, { method: "POST", body: new URLSearchParams({ name: name.value }) });
-      one = { id: made.label, name: name.value.trim() };
-      chosen.labels.push(one);
-      listLabels();
-      label.value = one.id;
-      showName();
-    }
-    const photos = selected().map((tile) => tile.dataset.photo);
-    return request(examplesUrl.replace(noId, one.id), { json: { photos } });
-  };
-
-  set.addEventListener("change", listLabels);
-  label.addEventListener("change", showName);
   examples.addEventListener("submit", async (event) => {
     event.preventDefault();
     trouble.hidden = true;
     event.submitter?.setAttribute("aria-busy", "true");
     try {
-      const { message, url } = await addTo();
+      const { addUrl } = await choice.chosen();
+      const { message, url } = await request(addUrl, { json: { photos: selected().map((tile) => tile.dataset.photo) } });
       examples.closest("dialog").close();
       clearSelection();
       toast(message, { action: gettext("Open the label set"), onAction: () => location.assign(url) });
@@ -274,7 +248,6 @@ if (examples) {
       event.submitter?.removeAttribute("aria-busy");
     }
   });
-  listLabels();
 }
 
 /** The name of the category that all selected photos are in, as a proposal. */

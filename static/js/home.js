@@ -1,5 +1,7 @@
 // The first page: a drop zone that asks what the photos are for, and the jobs that run.
 import { element, openDialog, request, toastError } from "./app.js";
+import { openCamera } from "./camera.js";
+import { labelChoice } from "./labelchoice.js";
 import { isActive, onSummary } from "./live.js";
 import { arrange, filesFromDrop, filesFromInput, showSending, upload } from "./upload.js";
 
@@ -10,14 +12,18 @@ const dialog = document.getElementById("what-for");
 const form = dialog.querySelector("form");
 const zone = document.getElementById("drop-zone");
 const card = document.getElementById("sending");
+const labels = document.getElementById("label-choice") && labelChoice();
 let chosen = [];
 let isSending = false;
 
 // Choosing and dropping -----------------------------------------------------------------------------
 
-function ask(files) {
+/** Ask what files are for; `proposed` is the answer that stands there first, where it is offered. */
+function ask(files, proposed = "new") {
   if (!files.length || isSending) return;
   chosen = files;
+  (form.querySelector(`[name="aim"][value="${proposed}"]`) ?? form.querySelector('[name="aim"]')).checked = true;
+  showAim();
   const photos = ngettext("%s file", "%s files", files.length).replace("%s", files.length.toLocaleString());
   dialog.querySelector("[data-chosen]").textContent = files.length === 1 ? files[0].file.name : photos;
   form.querySelector("#new-name").value = arrange(files, { isNew: true }).name;
@@ -28,9 +34,11 @@ function aim() {
   return form.elements.aim.value;
 }
 
-form.addEventListener("change", () => {
+function showAim() {
   for (const part of form.querySelectorAll(".aim-part")) part.hidden = part.dataset.aim !== aim();
-});
+}
+
+form.addEventListener("change", showAim);
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -47,6 +55,10 @@ for (const input of document.querySelectorAll("#choose-folder, #choose-photos"))
     input.value = "";
   });
 }
+
+document.getElementById("use-camera").addEventListener("click", () => {
+  openCamera(gettext("Take a photo"), (file) => ask([{ file, path: file.name }], "classify"));
+});
 
 document.addEventListener("dragover", (event) => {
   if (!event.dataTransfer?.types.includes("Files")) return;
@@ -65,17 +77,24 @@ document.addEventListener("drop", async (event) => {
 
 // Sending --------------------------------------------------------------------------------------------
 
+/** Where photos for a purpose go; a label that is new is made now. */
+async function addressFor(purpose) {
+  if (purpose === "add") return form.querySelector("#add-to").value;
+  if (purpose === "classify") return form.querySelector("#classify-by").value;
+  return purpose === "examples" ? (await labels.chosen()).intakeUrl : home.dataset.startUrl;
+}
+
 async function send(files, purpose) {
   isSending = true;
-  const url = { new: home.dataset.startUrl, add: form.querySelector("#add-to")?.value, classify: form.querySelector("#classify-by")?.value }[purpose];
   const name = form.querySelector("#new-name").value;
-  const arranged = purpose === "classify" ? files : arrange(files, { isNew: purpose === "new" }).files;
+  const intoFolders = purpose === "new" || purpose === "add";
+  const arranged = intoFolders ? arrange(files, { isNew: purpose === "new" }).files : files;
   const shown = showSending(card, gettext("Sending photos"));
   zone.hidden = true;
   let opened = null;
   const open = async (said) => {
     // What follows the first import of a new collection (photos beside a zip) goes into the same one.
-    opened = await request(opened?.openUrl ?? url, { json: { name, ...said }, signal: shown.signal });
+    opened = await request(opened?.openUrl ?? (await addressFor(purpose)), { json: { name, ...said }, signal: shown.signal });
     return opened;
   };
   try {

@@ -81,7 +81,7 @@ function onChange(event) {
     target.value = "";
     document.getElementById("add-examples").close();
     addFiles(aim.card, files, aim.replaces);
-  } else if (target.matches("[data-pick]")) loadPicker(pickerQuery());
+  } else if (target.matches("#picker-choice select")) loadPicker(pickerQuery());
   else if (target.matches('#picker [name="photos"]')) {
     if (target.checked) picked.add(target.value);
     else picked.delete(target.value);
@@ -147,6 +147,7 @@ async function loadPicker(query = "") {
     const url = aim.card.dataset.pickUrl + (query ? `?${query}` : "");
     const html = await request(url, { headers: { Accept: "text/html" } });
     const fragment = new DOMParser().parseFromString(html, "text/html"); // the server's own markup, escaped by its templates
+    document.getElementById("picker-title").textContent = document.getElementById("add-examples-title").textContent;
     document.getElementById("picker-content").replaceChildren(...fragment.body.children);
     for (const box of document.querySelectorAll('#picker [name="photos"]')) box.checked = picked.has(box.value);
     countPicked();
@@ -157,9 +158,7 @@ async function loadPicker(query = "") {
 }
 
 function pickerQuery(page = "") {
-  const form = document.getElementById("picker-form");
-  const collection = form.querySelector('[data-pick="collection"]');
-  const category = form.querySelector('[data-pick="category"]');
+  const { collection, category } = document.getElementById("picker-choice").elements;
   const isOther = collection.value !== collection.querySelector("[selected]")?.value;
   return new URLSearchParams({ collection: collection.value, category: isOther ? "" : category.value, page });
 }
@@ -187,14 +186,17 @@ async function addPicked(form) {
 // Wiring ---------------------------------------------------------------------------------------------
 
 function onClick(event) {
-  const target = event.target.closest("button");
+  const target = event.target.closest("button, a[data-add], a[data-replace], #picker a[data-page]");
   if (!target) return;
+  if (target.matches("a")) {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+  }
   const card = target.closest(".label");
   if (target.matches("[data-add]")) ask(card);
   else if (target.matches("[data-replace]")) ask(card, target.dataset.replace);
   else if (target.matches("[data-camera]")) {
-    const title = document.getElementById("camera-title").dataset.classify;
-    openCamera(title, (file) => classify([{ file, path: file.name }]));
+    openCamera(gettext("Classify with the camera"), (file) => classify([{ file, path: file.name }]));
   } else if (target.id === "pick-example") {
     document.getElementById("add-examples").close();
     picked.clear();
@@ -202,7 +204,7 @@ function onClick(event) {
   } else if (target.id === "shoot-example") {
     document.getElementById("add-examples").close();
     const { card: goal, replaces } = aim;
-    const title = document.getElementById("camera-title").dataset.example.replace("%(name)s", goal.dataset.name);
+    const title = gettext("Take an example of %(name)s").replace("%(name)s", goal.dataset.name);
     openCamera(title, (file) => addFiles(goal, [{ file, path: file.name }], replaces));
   } else if (target.matches("#picker [data-page]")) loadPicker(pickerQuery(target.dataset.page));
 }

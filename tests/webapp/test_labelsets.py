@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from django.core.files.uploadedfile import SimpleUploadedFile
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
@@ -28,7 +29,7 @@ from webapp.labelsets.models import (
     PrototypeSet,
     QueryImage,
 )
-from webapp.library.models import ImportFile, Photo
+from webapp.library.models import Import, ImportFile, Photo
 
 pytestmark = pytest.mark.django_db
 SCRIPT = {"HTTP_X_REQUESTED_WITH": "fetch", "HTTP_ACCEPT": "application/json"}
@@ -126,6 +127,10 @@ def post_json(client: Client, url: str, said: Any) -> Any:
     return client.post(url, json.dumps(said), content_type="application/json", **SCRIPT)
 
 
+def upload(name: str = "new.jpg", content: bytes = b"a picture") -> SimpleUploadedFile:
+    return SimpleUploadedFile(name, content, content_type="image/jpeg")
+
+
 # Who may --------------------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +156,7 @@ def doors(k: Kitchen) -> list[tuple[str, str, Any]]:
         ("post", k.url("remove-label", k.mango.pk), {}),
         ("post", k.url("restore-label", k.mango.pk), {}),
         ("post", k.url("add-examples", k.mango.pk), {"photos": [str(query.photo_id)]}),
+        ("post", k.url("upload-examples", k.mango.pk), {"photos": upload()}),
         ("post", k.url("remove-example", example.pk), {}),
         ("post", k.url("restore-example", example.pk), {}),
         ("json", k.url("label-examples", k.mango.pk), files),
@@ -389,6 +395,41 @@ def test_upload_replaces_an_example(kitchen: Kitchen, owner_client: Client) -> N
     assert kitchen.version() == before + 1
     assert not Example.objects.current().filter(pk=old.pk).exists()
     assert Example.objects.current().filter(label=kitchen.mango, photo=photo).exists()
+
+
+def test_examples_come_by_plain_forms_too(kitchen: Kitchen, owner_client: Client) -> None:
+    pick = kitchen.url("pick", kitchen.mango.pk)
+    old = kitchen.examples[0][0]
+    page = owner_client.get(f"{pick}?replaces={old.pk}").content.decode()
+    assert f'action="{kitchen.url("upload-examples", kitchen.mango.pk)}"' in page
+    assert page.count(f'name="replaces" value="{old.pk}"') == 3
+    fragment = owner_client.get(pick, **SCRIPT).content.decode()
+    assert "<html" not in fragment and 'name="photos"' in fragment
+
+    photo = factories.make_photo(kitchen.collection)
+    where = kitchen.url("add-examples", kitchen.mango.pk)
+    assert owner_client.post(where, {"photos": [str(photo.pk)], "replaces": str(old.pk)}).status_code == 302
+    now = set(Example.objects.current().filter(label=kitchen.mango).values_list("photo", flat=True))
+    assert now == {photo.pk, kitchen.examples[0][1].photo_id}
+
+
+def test_a_form_of_files_is_a_whole_upload(kitchen: Kitchen, owner_client: Client) -> None:
+    files = [upload("a.jpg", b"one"), upload("a.jpg", b"two"), upload("notes.txt", b"none")]
+    answer = owner_client.post(kitchen.url("upload-examples", kitchen.mango.pk), {"photos": files}, follow=True)
+    batch = Intake.objects.get().batch
+    assert batch.state == Import.State.CLOSED
+    assert {f.path: f.state for f in batch.files.all()} == {
+        "a.jpg": "stored",
+        "2 a.jpg": "stored",
+        "notes.txt": "skipped",
+    }
+    assert "3 photos are being looked at" in answer.content.decode()
+
+
+def test_a_form_without_files_is_a_sentence(kitchen: Kitchen, owner_client: Client) -> None:
+    answer = owner_client.post(kitchen.url("upload-examples", kitchen.mango.pk), {}, follow=True)
+    assert "Choose one photo or more." in answer.content.decode()
+    assert not Intake.objects.exists()
 
 
 def test_undo_of_a_removal_brings_it_back(kitchen: Kitchen, owner_client: Client) -> None:

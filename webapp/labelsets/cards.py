@@ -9,6 +9,7 @@ from uuid import UUID
 
 from django.db.models import Count, F, OuterRef, Q, Subquery, Window
 from django.db.models.functions import Coalesce, RowNumber
+from django.urls import reverse
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
@@ -23,6 +24,8 @@ LABELS = 100  # cards of a page
 COVER = 5
 BATCHES = 12
 SETTLED = 0.9
+CHOICES = 100  # label sets of a dialog
+NO_ID = UUID(int=0)  # stands for an id in an address that a script fills in
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,24 @@ def read_covers(label_sets: Sequence[LabelSet]) -> list[Cover]:
         )
         for one in label_sets
     ]
+
+
+def label_choices(user: User) -> dict[str, Any]:
+    """The user's newest label sets, and as `labels` what each has and where photos go, for labelchoice.js."""
+    label_sets = list(LabelSet.objects.of(user).order_by("-created")[:CHOICES])
+    sets: dict[str, Any] = {
+        str(one.pk): {"newLabelUrl": reverse("labelsets:add-label", args=[one.pk]), "labels": []} for one in label_sets
+    }
+    current = Label.objects.current().filter(label_set__in=label_sets).order_by("name")
+    for pk, label_set_id, name in current.values_list("pk", "label_set_id", "name"):
+        sets[str(label_set_id)]["labels"].append({"id": str(pk), "name": name})
+    labels = {
+        "sets": sets,
+        "noId": str(NO_ID),
+        "addUrl": reverse("labelsets:add-examples", args=[NO_ID]),
+        "intakeUrl": reverse("labelsets:label-examples", args=[NO_ID]),
+    }
+    return {"label_sets": label_sets, "labels": labels}
 
 
 def recent_batches(label_set: LabelSet) -> Any:

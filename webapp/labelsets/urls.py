@@ -21,6 +21,7 @@ urlpatterns = [
     path("label-sets/<uuid:pk>/batches/<uuid:batch_id>/", views.classification, name="classification"),
     path("labels/<uuid:pk>/examples/", views.label_examples, name="label-examples"),
     path("labels/<uuid:pk>/examples/add/", views.add_examples, name="add-examples"),
+    path("labels/<uuid:pk>/examples/upload/", views.upload_examples, name="upload-examples"),
     path("labels/<uuid:pk>/pick/", views.pick, name="pick"),
     path("labels/<uuid:pk>/rename/", views.rename_label, name="rename-label"),
     path("labels/<uuid:pk>/remove/", views.remove_label, name="remove-label"),

@@ -9,9 +9,10 @@ import functools
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 from uuid import UUID
 
+from django.conf import settings
 from django.contrib import messages
 from django.core.paginator import Paginator
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, JsonResponse, StreamingHttpResponse
@@ -30,7 +31,7 @@ from webapp.labelsets.results import read_evidence, read_results
 from webapp.labelsets.services import LabelSetError
 from webapp.library.doors import Opening, describe_import, json_door, person, read_json, read_opening
 from webapp.library.models import Category, Collection, Import, Photo
-from webapp.library.services import UploadError, add_to_manifest
+from webapp.library.services import UploadError, add_to_manifest, take_form_files
 from webapp.training.models import Model
 
 Door = Callable[..., HttpResponse]
@@ -122,15 +123,20 @@ def evidence(request: HttpRequest, pk: UUID, photo_id: UUID) -> HttpResponse:
 
 @require_safe
 def pick(request: HttpRequest, pk: UUID) -> HttpResponse:
-    """A page of a collection's photos, to choose examples of a label from."""
+    """Where examples of a label come from: a collection's photos, and on the page without a script files as well."""
     label = _own_label(request, pk)
     collections = Collection.objects.of(person(request)).shown().order_by("name")
     chosen = request.GET.get("collection")
     collection = get_object_or_404(collections, pk=_uuid(chosen)) if chosen else collections.first()
     context: dict[str, Any] = {"label": label, "collections": collections, "collection": collection}
+    if replaced := _replaced(label, request.GET):
+        context["replaces"] = replaced.pk
     if collection is not None:
         context |= _photos_to_pick(request, collection)
-    return render(request, "labelsets/_picker.html", context)
+    if _is_script(request):
+        return render(request, "labelsets/_picker.html", context)
+    context["form_mb"] = settings.MAX_FORM_BYTES // 1024**2
+    return render(request, "labelsets/add_examples.html", context)
 
 
 @require_GET
@@ -231,6 +237,23 @@ def add_examples(request: HttpRequest, pk: UUID) -> HttpResponse:
     added = services.add_examples(label, _own_photos(request, ids), instead_of=_replaced(label, said or request.POST))
     message = ngettext("%(n)d photo added to %(name)s.", "%(n)d photos added to %(name)s.", len(added))
     return _done(request, _page_of(label), message % {"n": len(added), "name": label.name}, label=label)
+
+
+@gesture
+def upload_examples(request: HttpRequest, pk: UUID) -> HttpResponse:
+    """Photos in a plain form, all in one request, become examples: the way of browsers without a script."""
+    label = _own_label(request, pk)
+    files = request.FILES.getlist("photos")
+    if not files:
+        raise LabelSetError(_("Choose one photo or more."))
+    batch = services.open_example_intake(label, instead_of=_replaced(label, request.POST))
+    take_form_files(batch, files)
+    message = ngettext(
+        "%(n)d photo is being looked at; Activity says what became of it.",
+        "%(n)d photos are being looked at; Activity says what became of them.",
+        len(files),
+    )
+    return _done(request, _page_of(label), message % {"n": len(files)}, label=label)
 
 
 @gesture
@@ -376,7 +399,8 @@ def _photos_to_pick(request: HttpRequest, collection: Collection) -> dict[str, A
     if category.isdecimal():
         photos = photos.filter(category=get_object_or_404(Category, pk=category, collection=collection))
     page = Paginator(photos, PICKED).get_page(request.GET.get("page"))
-    return {"categories": categories, "category": category, "page": page}
+    query = {"collection": collection.pk, "category": category, "replaces": request.GET.get("replaces", "")}
+    return {"categories": categories, "category": category, "page": page, "query": urlencode(query)}
 
 
 def _opening(request: HttpRequest) -> Opening:

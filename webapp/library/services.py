@@ -16,6 +16,7 @@ from uuid import UUID
 
 from django.conf import settings
 from django.core.files.storage import default_storage
+from django.core.files.uploadedfile import UploadedFile
 from django.db import transaction
 from django.db.models import Max
 from django.utils import timezone
@@ -156,6 +157,18 @@ def store_photo(file: ImportFile, chunks: Iterable[bytes]) -> ImportFile:
         ImportFile.objects.filter(pk=file.pk).update(blob=blob, sha256=file.sha256, state=file.state)
         wake(batch.job_id)
     return file
+
+
+def take_form_files(batch: Import, files: Sequence[UploadedFile]) -> None:
+    """A whole upload at once: the files of a plain form, each kept even where two have the same name."""
+    by_path: dict[str, UploadedFile] = {}
+    for n, file in enumerate(files, start=1):
+        name = file.name or _("photo")
+        by_path[name if name not in by_path else f"{n} {name}"] = file
+    for row in add_to_manifest(batch, [Entry(path, file.size or 0) for path, file in by_path.items()]):
+        if row.state == ImportFile.State.WANTED:
+            store_photo(row, by_path[row.path].chunks())
+    close_import(batch)
 
 
 def keep_blobs(owner_id: UUID, received: Sequence[Received]) -> list[Blob]:

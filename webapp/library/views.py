@@ -17,7 +17,7 @@ from django.utils.http import content_disposition_header
 from django.utils.translation import gettext as _
 from django.views.decorators.http import require_POST, require_safe
 
-from webapp.labelsets.models import Label, LabelSet
+from webapp.labelsets.cards import label_choices
 from webapp.library import services, shelf
 from webapp.library.doors import person
 from webapp.library.forms import CollectionForm
@@ -26,7 +26,6 @@ from webapp.library.models import Collection, Import, Photo
 DISMISSED = "dismissed_imports"  # in the session: collection -> the import whose report was put aside
 KEPT_DISMISSED = 50
 LIST_PAGE = 24
-NO_ID = UUID(int=0)  # stands for an id in an address that a script fills in
 REPORT_PAGE = 200
 
 WHAT = {"thumb": "thumbnail_name", "work": "working_name", "original": "original_name"}
@@ -105,7 +104,7 @@ def collection(request: HttpRequest, collection_id: UUID) -> HttpResponse:
     context = {
         **_overview(request, found),
         **_photos(request, found),
-        **_label_sets(request),
+        **label_choices(person(request)),
         "form": CollectionForm(initial={"name": found.name}),
     }
     return render(request, "library/collection.html", context)
@@ -195,19 +194,6 @@ def _own_import(request: HttpRequest, import_id: UUID) -> Import:
         collection__purpose=Collection.Purpose.LIBRARY,
     )
     return found
-
-
-def _label_sets(request: HttpRequest) -> dict[str, Any]:
-    """The person's label sets, and for the dialog what labels each has and where examples are added."""
-    label_sets = list(LabelSet.objects.of(person(request)).order_by("-created")[:100])
-    sets: dict[str, Any] = {
-        str(one.pk): {"addUrl": reverse("labelsets:add-label", args=[one.pk]), "labels": []} for one in label_sets
-    }
-    current = Label.objects.current().filter(label_set__in=label_sets).order_by("name")
-    for pk, label_set_id, name in current.values_list("pk", "label_set_id", "name"):
-        sets[str(label_set_id)]["labels"].append({"id": str(pk), "name": name})
-    url_template = reverse("labelsets:add-examples", args=[NO_ID])
-    return {"label_sets": label_sets, "labels": {"sets": sets, "noId": str(NO_ID), "examplesUrl": url_template}}
 
 
 def _overview(request: HttpRequest, collection: Collection) -> dict[str, Any]:
