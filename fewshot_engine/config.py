@@ -10,6 +10,11 @@ from fewshot_engine.errors import ConfigError
 Kind = Literal["adapt", "full"]
 
 DEFAULT_ENCODER = "efficientnet-lite0"
+# Names that stand for an encoder, and the backbones that are fused into it.
+ENCODERS = {
+    "accurate": ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"),
+    "fast": ("efficientnet-lite0",),
+}
 TRAINABLE_BACKBONES = ("conv4", "efficientnet-lite0")
 ENGINE_VERSION = "1"  # part of every key of what is computed from embeddings; raise it when results change
 

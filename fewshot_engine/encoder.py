@@ -1,4 +1,7 @@
-"""Pictures to embeddings: ONNX Runtime on a CPU, compiled bf16 torch on a GPU.
+"""Pictures to embeddings: ONNX Runtime on a CPU, compiled bf16 torch on a GPU; one backbone, or several fused.
+
+A photo becomes a row: the squares that the backbones are shown of it, packed one after another. Rows are stacked and
+encoded the same way whatever the encoder is made of.
 
 The ONNX file is made once from the torch module, by a process of its own, and kept; a process that only embeds never
 imports torch, so it starts in a second and stays small.
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,25 +22,65 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from fewshot_engine.backbones import BACKBONES, Backbone, get_backbone
-from fewshot_engine.config import ENGINE_VERSION
+from fewshot_engine.config import ENCODERS, ENGINE_VERSION
 from fewshot_engine.errors import CheckpointError, ConfigError, EngineError, ImageRefused, WeightsMissing
 from fewshot_engine.images import decode
+from fewshot_engine.prototypes import l2_normalise
 
 if TYPE_CHECKING:
     from torch import nn
 
 UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
+Forward = Callable[[UInt8Array], Float32Array]
 
 CPU_BATCH = 16
 GPU_BATCH = 128
+
+VIEWS = ("whole", "mirror", "crop", "corners")
+CROP_SHARE = 0.8  # of the shorter side: what a tight crop keeps unless its name says otherwise, as "crop:0.65" does
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass(frozen=True)
+class Square:
+    """One square that a backbone is shown of a photo.
+
+    Attributes:
+        size: of its side, in pixels.
+        share: of the photo's shorter side that it covers, above 0, up to 1.
+        across, down: where it lies in the room that is left: 0 is left or top, 0.5 the middle, 1 right or bottom.
+    """
+
+    size: int
+    share: float = 1.0
+    across: float = 0.5
+    down: float = 0.5
+    mirrored: bool = False
+    resampling: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def cut(self, image: Image.Image) -> UInt8Array:
+        """(size, size, 3) of an image of mode RGB."""
+        width, height = image.size
+        side = min(width, height) * self.share
+        left, top = (width - side) * self.across, (height - side) * self.down
+        # The crop travels with the resize, so that nothing outside of it is computed.
+        box = (left, top, left + side, top + side)
+        square = image.resize((self.size, self.size), RESAMPLING[self.resampling], box=box, reducing_gap=2.0)
+        pixels = np.asarray(square, dtype=np.uint8)
+        return pixels[:, ::-1] if self.mirrored else pixels
+
+    @property
+    def needs_side(self) -> int:
+        """What the photo's shorter side has to have, in pixels, so that nothing is enlarged."""
+        return math.ceil(self.size / self.share)
 
 
 def preprocess(image: Image.Image, size: int) -> UInt8Array:
@@ -49,94 +93,133 @@ def preprocess(image: Image.Image, size: int) -> UInt8Array:
     Args:
         image: mode RGB.
     """
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    # The crop travels with the resize, so that nothing outside of it is computed.
-    square = image.resize(
-        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side), reducing_gap=2.0
-    )
-    return np.asarray(square, dtype=np.uint8)
+    return Square(size).cut(image)
+
+
+def fuse(parts: Sequence[Float32Array]) -> Float32Array:
+    """Embeddings of the same photos under several backbones as one: each L2-normalised, side by side.
+
+    The result is scaled to length 1, so that every backbone has the same say in a cosine and in a distance, and a fused
+    embedding compares with any other of length 1.
+
+    Args:
+        parts: (n, d_i) each, of any length.
+
+    Returns:
+        (n, sum of d_i).
+    """
+    fused: Float32Array = np.concatenate([l2_normalise(part) for part in parts], axis=1)
+    return fused / np.float32(math.sqrt(len(parts)))
+
+
+def average_views(parts: Sequence[Float32Array]) -> Float32Array:
+    """Embeddings of several views of the same photos as one: the mean of the L2-normalised ones.
+
+    Args:
+        parts: (n, dim) each.
+    """
+    mean: Float32Array = np.mean([l2_normalise(part) for part in parts], axis=0, dtype=np.float32)
+    return mean
 
 
 class Encoder:
-    """A backbone ready to embed on this machine; safe to share between threads.
+    """One backbone or several, ready to embed on this machine; safe to share between threads.
 
     Attributes:
-        name: of the backbone, or of the checkpoint's folder.
+        name: as it was asked for, or of the checkpoint's folder.
         dim: length of an embedding.
-        image_size: side of the square that `encode` takes, in pixels.
-        batch_size: how many pictures go through at once.
+        squares: what is shown of each photo, in the order of a row.
+        batch_size: how many photos go through at once.
+        input_shape: of a row: (size, size, 3) for a single square, (bytes,) for several.
+        needs_side: the shorter side that a photo should be decoded at, in pixels.
+        image_size: side of the largest square, in pixels.
     """
 
     def __init__(
-        self,
-        name: str,
-        *,
-        dim: int,
-        image_size: int,
-        forward: Callable[[UInt8Array], Float32Array],
-        batch_size: int = CPU_BATCH,
+        self, name: str, *, dim: int, squares: Sequence[Square], forward: Forward, batch_size: int = CPU_BATCH
     ) -> None:
         self.name = name
         self.dim = dim
-        self.image_size = image_size
+        self.squares = tuple(squares)
         self.batch_size = batch_size
         self._forward = forward
+        self.needs_side = max(square.needs_side for square in squares)
+        self.image_size = max(square.size for square in squares)
+        single = squares[0].size if len(squares) == 1 else None
+        bytes_a_row = sum(3 * square.size**2 for square in squares)
+        self.input_shape: tuple[int, ...] = (single, single, 3) if single else (bytes_a_row,)
 
-    def encode(self, pixels: UInt8Array) -> Float32Array:
-        """Pooled features, not normalised.
+    def prepare(self, image: Image.Image) -> UInt8Array:
+        """A photo as a row for `encode`, of `input_shape`; decode it with `min_side=needs_side`.
 
         Args:
-            pixels: (n, image_size, image_size, 3), as `preprocess` makes them; n may be 0.
-
-        Returns:
-            (n, dim).
+            image: mode RGB.
         """
-        expected = (self.image_size, self.image_size, 3)
-        if pixels.ndim != 4 or pixels.shape[1:] != expected or pixels.dtype != np.uint8:
-            raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}: {self.name} takes uint8 (n, {expected})")
-        embeddings = np.empty((len(pixels), self.dim), dtype=np.float32)
-        for start in range(0, len(pixels), self.batch_size):
-            batch = pixels[start : start + self.batch_size]
+        if len(self.squares) == 1:
+            return self.squares[0].cut(image)
+        return np.concatenate([square.cut(image).reshape(-1) for square in self.squares])
+
+    def encode(self, rows: UInt8Array) -> Float32Array:
+        """Embeddings of prepared photos, (n, dim).
+
+        One backbone that sees one view gives its pooled features as they are, not normalised. Several views are the
+        mean of their normalised features (`average_views`), several backbones are fused to length 1 (`fuse`).
+
+        Args:
+            rows: (n, *input_shape), as `prepare` makes them; n may be 0.
+        """
+        if rows.shape[1:] != self.input_shape or rows.dtype != np.uint8:
+            raise ValueError(f"rows are {rows.dtype} {rows.shape}: {self.name} takes uint8 (n, *{self.input_shape})")
+        embeddings = np.empty((len(rows), self.dim), dtype=np.float32)
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
             embeddings[start : start + len(batch)] = self._forward(batch)
         return embeddings
 
     def encode_images(self, images: Sequence[Image.Image]) -> Float32Array:
-        """`preprocess`, then `encode`; (n, dim)."""
+        """`prepare`, then `encode`; (n, dim)."""
         if not images:
             return np.empty((0, self.dim), dtype=np.float32)
-        return self.encode(np.stack([preprocess(image, self.image_size) for image in images]))
+        return self.encode(np.stack([self.prepare(image) for image in images]))
 
 
-def load_encoder(name_or_checkpoint: str, *, cache_dir: Path, threads: int = 0, device: str | None = None) -> Encoder:
-    """A built-in encoder by its name, or the one in a checkpoint folder that training made, of either kind.
+def load_encoder(
+    name_or_checkpoint: str,
+    *,
+    cache_dir: Path,
+    threads: int = 0,
+    device: str | None = None,
+    views: Sequence[str] = ("whole",),
+) -> Encoder:
+    """An encoder by its name ("accurate", "fast" or a backbone's), or the one in a checkpoint folder of either kind.
 
     Args:
         cache_dir: where exported ONNX files are kept; made when missing.
         threads: cores for one forward pass on the CPU; 0 takes all of them.
         device: "cpu", "cuda", "cuda:1"…; None takes a GPU where there is one.
+        views: of each photo, averaged: "whole" is the centre square, "mirror" that square mirrored, "crop" a tighter
+            one (80 % of it, or as "crop:0.65" says), "corners" the four crops of that tightness in the corners.
 
     Raises:
-        ConfigError: neither a known name nor a folder.
+        ConfigError: neither a known name nor a folder, or no such view.
         CheckpointError: the folder holds no encoder that can be read.
-        WeightsMissing: the package with the pretrained weights is not installed.
+        WeightsMissing: the pretrained weights are not on this machine.
     """
-    recipe = _read_recipe(name_or_checkpoint)
-    if recipe.adapted is not None:
-        return _adapted(recipe, cache_dir=cache_dir, threads=threads, device=device)
+    plan = _plan(name_or_checkpoint)
+    shown = _views(views)
     device = device or _default_device()
-    if device != "cpu":
-        forward, batch_size = _torch_forward(recipe, device), GPU_BATCH
-    else:
-        forward, batch_size = _onnx_forward(_cached_onnx(recipe, cache_dir), threads), CPU_BATCH
-    return Encoder(
-        recipe.name,
-        dim=recipe.backbone.dim(recipe.image_size),
-        image_size=recipe.image_size,
-        forward=forward,
-        batch_size=batch_size,
+    forwards = [
+        _torch_forward(member, device) if device != "cpu" else _onnx_forward(member.onnx(cache_dir), threads)
+        for member in plan.members
+    ]
+    encoder = Encoder(
+        plan.name,
+        dim=sum(member.dim for member in plan.members),
+        squares=[square for member in plan.members for square in member.squares(shown)],
+        forward=_fused_forward(plan.members, forwards, shown),
+        batch_size=CPU_BATCH if device == "cpu" else GPU_BATCH,
     )
+    return encoder if plan.adapted is None else _adapted(encoder, plan.adapted)
 
 
 def export_onnx(module: nn.Module, path: Path, image_size: int, *, backbone: Backbone | None = None) -> None:
@@ -223,20 +306,20 @@ def _batches(items: Iterable[tuple[int, Path]], size: int) -> Iterator[list[tupl
 
 
 def _embed_batch(batch: list[tuple[int, Path]], encoder: Encoder) -> list[Embedded]:
-    pixels = np.empty((len(batch), encoder.image_size, encoder.image_size, 3), dtype=np.uint8)
+    rows = np.empty((len(batch), *encoder.input_shape), dtype=np.uint8)
     refused: dict[int, str] = {}
     readable: list[int] = []
     for position, (_, path) in enumerate(batch):
         try:
-            photo = decode(path, min_side=encoder.image_size)
+            photo = decode(path, min_side=encoder.needs_side)
         except ImageRefused as error:
             refused[position] = str(error)
         except OSError as error:
             refused[position] = f"The file cannot be opened: {error.strerror or error}."
         else:
-            pixels[len(readable)] = preprocess(photo.rgb, encoder.image_size)
+            rows[len(readable)] = encoder.prepare(photo.rgb)
             readable.append(position)
-    embeddings = dict(zip(readable, encoder.encode(pixels[: len(readable)]), strict=True))
+    embeddings = dict(zip(readable, encoder.encode(rows[: len(readable)]), strict=True))
     return [
         Embedded(index, path, embeddings.get(position), refused.get(position))
         for position, (index, path) in enumerate(batch)
@@ -244,28 +327,52 @@ def _embed_batch(batch: list[tuple[int, Path]], encoder: Encoder) -> list[Embedd
 
 
 @dataclass(frozen=True)
-class _Recipe:
-    """What has to be known to build an encoder: which backbone, at which size, with which weights."""
+class _View:
+    """A part of a photo, whatever the size of the square that it becomes; the names are those of `Square`."""
 
-    source: str  # what was asked for: a name or a folder
-    name: str
+    share: float = 1.0
+    across: float = 0.5
+    down: float = 0.5
+    mirrored: bool = False
+
+
+def _views(names: Sequence[str]) -> tuple[_View, ...]:
+    views = [view for name in names for view in _views_of(name)]
+    if not views or len(set(views)) != len(views):
+        raise ConfigError(f"views are {', '.join(names) or 'none'}: name at least one, and each once")
+    return tuple(views)
+
+
+def _views_of(name: str) -> list[_View]:
+    kind, _, share_text = name.partition(":")
+    if kind not in VIEWS or (share_text and kind in ("whole", "mirror")):
+        raise ConfigError(f"view {name!r} is not known: use {', '.join(VIEWS)}, or crop:SHARE and corners:SHARE")
+    try:
+        share = float(share_text) if share_text else CROP_SHARE
+    except ValueError:
+        share = math.nan
+    if not 0.1 <= share < 1:
+        raise ConfigError(f"view {name!r} keeps {share_text!r} of the shorter side: use 0.1 to below 1")
+    if kind == "corners":
+        return [_View(share, across, down) for down in (0.0, 1.0) for across in (0.0, 1.0)]
+    return [{"whole": _View(), "mirror": _View(mirrored=True), "crop": _View(share)}[kind]]
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One backbone of an encoder: at which size, with which weights."""
+
+    source: str  # a backbone's name or a checkpoint's folder: how another process finds it
     backbone: Backbone
     image_size: int
-    checkpoint: Path | None
-    adapted: Path | None = None  # the folder of an *adapt* model: a map over this backbone's embeddings
+    checkpoint: Path | None = None
 
-    def weights_file(self) -> Path | None:
-        if self.checkpoint is not None:
-            return self.checkpoint / "model.safetensors"
-        return self.backbone.weights() if self.backbone.weights else None
+    @property
+    def dim(self) -> int:
+        return self.backbone.dim(self.image_size)
 
-    def cache_name(self) -> str:
-        digest = hashlib.sha256(f"{ENGINE_VERSION} {self.backbone.name} {self.image_size} ".encode())
-        weights = self.weights_file()
-        if weights is not None:
-            with open(weights, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return f"{self.backbone.name}-{self.image_size}-{digest.hexdigest()[:16]}.onnx"
+    def squares(self, views: Sequence[_View]) -> list[Square]:
+        return [Square(self.image_size, view.share, view.across, view.down, view.mirrored) for view in views]
 
     def build(self) -> nn.Module:
         if self.checkpoint is None:
@@ -279,45 +386,114 @@ class _Recipe:
             raise CheckpointError(f"the weights of {self.checkpoint.name} do not fit {self.backbone.name}") from error
         return module.eval()
 
+    def onnx(self, cache_dir: Path) -> Path:
+        """The exported file, made when it is not there yet."""
+        path = cache_dir / self._cache_name()
+        if path.is_file():
+            return path
+        if "torch" in sys.modules:
+            with _export_lock:
+                if not path.is_file():
+                    self.export(path)
+            return path
+        # In a process of its own, so that this one need not carry torch for the rest of its life.
+        command = [sys.executable, "-m", "fewshot_engine.encoder", self.source, str(path)]
+        root = str(Path(__file__).parents[1])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603
+        if done.returncode == 2:
+            raise CheckpointError(done.stderr.strip()) if self.checkpoint else WeightsMissing(done.stderr.strip())
+        if done.returncode != 0:
+            raise EngineError(f"{self.source} could not be exported to ONNX: {done.stderr.strip()[-2000:]}")
+        return path
 
-def _read_recipe(name_or_checkpoint: str) -> _Recipe:
+    def export(self, path: Path) -> None:
+        export_onnx(self.build(), path, self.image_size, backbone=self.backbone)
+
+    def _cache_name(self) -> str:
+        digest = hashlib.sha256(f"{ENGINE_VERSION} {self.backbone.name} {self.image_size} ".encode())
+        with open(self._weights_file(), "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+        return f"{self.backbone.name}-{self.image_size}-{digest.hexdigest()[:16]}.onnx"
+
+    def _weights_file(self) -> Path:
+        if self.checkpoint is not None:
+            return self.checkpoint / "model.safetensors"
+        if self.backbone.weights is None:
+            raise ConfigError(f"{self.source} has no weights of its own: train it first, then name the checkpoint")
+        return self.backbone.weights()
+
+
+_export_lock = threading.Lock()  # torch's exporter keeps its state in globals; other processes have their own
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What an encoder is made of; `adapted` is the folder of a map over the members' embeddings."""
+
+    name: str
+    members: tuple[_Member, ...]
+    adapted: Path | None = None
+
+
+def _plan(name_or_checkpoint: str) -> _Plan:
+    if name_or_checkpoint in ENCODERS:
+        return _Plan(name_or_checkpoint, tuple(map(_pretrained, ENCODERS[name_or_checkpoint])))
     if name_or_checkpoint in BACKBONES:
-        backbone = BACKBONES[name_or_checkpoint]
-        if not backbone.pretrained:
-            raise ConfigError(f"{backbone.name} has no weights of its own: train it first, then name the checkpoint")
-        return _Recipe(name_or_checkpoint, backbone.name, backbone, backbone.image_size, None)
+        return _Plan(name_or_checkpoint, (_pretrained(name_or_checkpoint),))
     folder = Path(name_or_checkpoint)
     if not folder.is_dir():
-        known = ", ".join(name for name, backbone in BACKBONES.items() if backbone.pretrained)
+        known = ", ".join([*ENCODERS, *(name for name, backbone in BACKBONES.items() if backbone.pretrained)])
         raise ConfigError(f"encoder {name_or_checkpoint!r} is neither one of {known} nor a checkpoint folder")
     try:
         described: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        kind, name, image_size = described["kind"], str(described["backbone"]), int(described["image_size"])
+        kind, name = described["kind"], str(described["backbone"])
+        image_size = int(described["image_size"]) if kind == "full" else 0
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder.name} is no checkpoint: its model.json is missing or cannot be read") from error
     if kind == "adapt":
-        backbone = get_backbone(name)
-        return _Recipe(name_or_checkpoint, folder.name, backbone, backbone.image_size, None, adapted=folder)
+        return _Plan(folder.name, _plan(name).members, adapted=folder)
     if kind != "full":
         raise CheckpointError(f"{folder.name} holds a model of the kind {kind!r}: an encoder is adapt or full")
     if not (folder / "model.safetensors").is_file():
         raise CheckpointError(f"{folder.name} is no complete checkpoint: model.safetensors is missing")
-    return _Recipe(name_or_checkpoint, folder.name, get_backbone(name), image_size, folder)
+    return _Plan(folder.name, (_Member(name_or_checkpoint, get_backbone(name), image_size, folder),))
 
 
-def _adapted(recipe: _Recipe, *, cache_dir: Path, threads: int, device: str | None) -> Encoder:
-    """The frozen backbone, followed by the map of an *adapt* model."""
+def _pretrained(name: str) -> _Member:
+    backbone = get_backbone(name)
+    if not backbone.pretrained:
+        raise ConfigError(f"{name} has no weights of its own: train it first, then name the checkpoint")
+    return _Member(name, backbone, backbone.image_size)
+
+
+def _fused_forward(members: Sequence[_Member], forwards: Sequence[Forward], views: Sequence[_View]) -> Forward:
+    """Rows, (n, *input_shape) -> (n, dim): each member sees its squares of a row, all views in one go."""
+    shapes = [(len(views), member.image_size, member.image_size, 3) for member in members]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+
+    def forward(rows: UInt8Array) -> Float32Array:
+        n = len(rows)
+        parts = []
+        for run, shape, packed in zip(forwards, shapes, np.split(rows.reshape(n, -1), ends[:-1], axis=1), strict=True):
+            squares = np.swapaxes(packed.reshape(n, *shape), 0, 1)  # (views, n, size, size, 3)
+            features = run(squares.reshape(-1, *shape[1:])).reshape(len(views), n, -1)
+            parts.append(features[0] if len(views) == 1 else average_views(list(features)))
+        return parts[0] if len(parts) == 1 else fuse(parts)
+
+    return forward
+
+
+def _adapted(frozen: Encoder, folder: Path) -> Encoder:
+    """A frozen encoder, followed by the map of an *adapt* model."""
     from fewshot_engine.recipes import load_recipe
 
-    if recipe.adapted is None:
-        raise ValueError(f"{recipe.name} is no adapted model")
-    adaptation = load_recipe(recipe.adapted)
-    frozen = load_encoder(recipe.backbone.name, cache_dir=cache_dir, threads=threads, device=device)
+    recipe = load_recipe(folder)
     return Encoder(
-        recipe.name,
-        dim=adaptation.map.shape[1],
-        image_size=frozen.image_size,
-        forward=lambda pixels: adaptation.apply(frozen.encode(pixels)),
+        folder.name,
+        dim=recipe.apply(np.ones((1, frozen.dim), dtype=np.float32)).shape[1],
+        squares=frozen.squares,
+        forward=lambda rows: recipe.apply(frozen.encode(rows)),
         batch_size=frozen.batch_size,
     )
 
@@ -330,35 +506,7 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _cached_onnx(recipe: _Recipe, cache_dir: Path) -> Path:
-    path = cache_dir / recipe.cache_name()
-    if path.is_file():
-        return path
-    if "torch" in sys.modules:
-        with _export_lock:
-            if not path.is_file():
-                _export_recipe(recipe, path)
-        return path
-    # In a process of its own, so that this one need not carry torch for the rest of its life.
-    command = [sys.executable, "-m", "fewshot_engine.encoder", recipe.source, str(path)]
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603
-    if done.returncode == 2:
-        raise CheckpointError(done.stderr.strip()) if recipe.checkpoint else WeightsMissing(done.stderr.strip())
-    if done.returncode != 0:
-        raise EngineError(f"{recipe.name} could not be exported to ONNX: {done.stderr.strip()[-2000:]}")
-    return path
-
-
-_export_lock = threading.Lock()  # torch's exporter keeps its state in globals; other processes have their own
-
-
-def _export_recipe(recipe: _Recipe, path: Path) -> None:
-    export_onnx(recipe.build(), path, recipe.image_size, backbone=recipe.backbone)
-
-
-def _onnx_forward(path: Path, threads: int) -> Callable[[UInt8Array], Float32Array]:
+def _onnx_forward(path: Path, threads: int) -> Forward:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -370,27 +518,31 @@ def _onnx_forward(path: Path, threads: int) -> Callable[[UInt8Array], Float32Arr
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def forward(pixels: UInt8Array) -> Float32Array:
-        (embeddings,) = session.run(None, {"pixels": np.ascontiguousarray(pixels)})
-        return np.asarray(embeddings, dtype=np.float32)
+        batches = [pixels[start : start + CPU_BATCH] for start in range(0, len(pixels), CPU_BATCH)]
+        embeddings = [session.run(None, {"pixels": np.ascontiguousarray(batch)})[0] for batch in batches]
+        return np.concatenate(embeddings)
 
     return forward
 
 
-def _torch_forward(recipe: _Recipe, device: str) -> Callable[[UInt8Array], Float32Array]:
+def _torch_forward(member: _Member, device: str) -> Forward:
     import torch
 
-    module = _with_normalisation(recipe.build(), recipe.backbone).to(device)
+    module = _with_normalisation(member.build(), member.backbone).to(device)
     module = module.to(memory_format=torch.channels_last)
     compiled = torch.compile(module)
 
     @torch.inference_mode()
     def forward(pixels: UInt8Array) -> Float32Array:
-        # Every batch has the same size, padded with black: a new size would be compiled anew.
-        padded = torch.zeros((GPU_BATCH, *pixels.shape[1:]), dtype=torch.uint8)
-        padded[: len(pixels)] = torch.from_numpy(np.ascontiguousarray(pixels))
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            embeddings = compiled(padded.to(device, non_blocking=True))
-        values: Float32Array = embeddings[: len(pixels)].float().cpu().numpy()
+        embeddings = []
+        for start in range(0, len(pixels), GPU_BATCH):
+            batch = pixels[start : start + GPU_BATCH]
+            # Every batch has the same size, padded with black: a new size would be compiled anew.
+            padded = torch.zeros((GPU_BATCH, *batch.shape[1:]), dtype=torch.uint8)
+            padded[: len(batch)] = torch.from_numpy(np.ascontiguousarray(batch))
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                embeddings.append(compiled(padded.to(device, non_blocking=True))[: len(batch)].float())
+        values: Float32Array = torch.cat(embeddings).cpu().numpy()
         return values
 
     return forward
@@ -424,7 +576,8 @@ def _with_normalisation(module: nn.Module, backbone: Backbone | None) -> nn.Modu
 
 def _main(source: str, path: str) -> int:
     try:
-        _export_recipe(_read_recipe(source), Path(path))
+        (member,) = _plan(source).members
+        member.export(Path(path))
     except EngineError as error:
         print(error, file=sys.stderr)
         return 2

@@ -5,13 +5,13 @@ import pytest
 from PIL import Image
 
 from fewshot_engine import __main__ as cli
-from fewshot_engine.encoder import Encoder
+from fewshot_engine.encoder import Encoder, Square
 
 
 @pytest.fixture(autouse=True)
 def mean_colour_encoder(monkeypatch):
     """Pictures differ in colour alone here, so an encoder that sees nothing else will do."""
-    encoder = Encoder("mean", dim=3, image_size=8, forward=lambda p: p.mean(axis=(1, 2), dtype=np.float32) + 1)
+    encoder = Encoder("mean", dim=3, squares=[Square(8)], forward=lambda p: p.mean(axis=(1, 2), dtype=np.float32) + 1)
     monkeypatch.setattr(cli, "load_encoder", lambda *args, **kwargs: encoder)
 
 

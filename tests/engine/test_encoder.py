@@ -6,11 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fewshot_engine.backbones import get_backbone
-from fewshot_engine.encoder import Encoder, embed_files, export_onnx, load_encoder, preprocess
+from fewshot_engine.config import ENCODERS
+from fewshot_engine.encoder import (
+    Encoder,
+    Square,
+    embed_files,
+    export_onnx,
+    fuse,
+    load_encoder,
+    preprocess,
+)
 from fewshot_engine.errors import CheckpointError, ConfigError
+from fewshot_engine.recipes import save_model
 
 torch = pytest.importorskip("torch")
 
@@ -33,6 +43,31 @@ def encoder(checkpoint, tmp_path_factory):
     return load_encoder(str(checkpoint), cache_dir=tmp_path_factory.mktemp("cache"), threads=1, device="cpu")
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Where the encoders of this file keep what they export."""
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(scope="module")
+def accurate(exported):
+    return load_encoder("accurate", cache_dir=exported, threads=1, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photos():
+    """Three of different shapes."""
+    rng = np.random.default_rng(1)
+    return [
+        Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(size)
+        for size in ((400, 300), (300, 400), (270, 270))
+    ]
+
+
+def embed(encoders, photos):
+    return [encoder.encode_images(photos) for encoder in encoders]
+
+
 def random_pixels(n, side):
     return np.random.default_rng(0).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
 
@@ -44,7 +79,7 @@ def by_torch(backbone, module, pixels):
         return module.eval()((x - mean) / std).numpy()
 
 
-@pytest.mark.parametrize(("name", "side"), [("conv4", 32), ("conv4", 84), ("efficientnet-lite0", 224)])
+@pytest.mark.parametrize(("name", "side"), [("conv4", 32), ("conv4", 84), ("resnet12", 42)])
 def test_the_export_agrees_with_torch(name, side, tmp_path):
     import onnxruntime
 
@@ -57,6 +92,80 @@ def test_the_export_agrees_with_torch(name, side, tmp_path):
     (exported,) = session.run(None, {"pixels": pixels})
     expected = by_torch(backbone, module, pixels)
     np.testing.assert_allclose(exported, expected, atol=1e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ENCODERS["accurate"])
+def test_the_pretrained_encoders_agree_with_torch(name, accurate, exported):
+    backbone, encoder = get_backbone(name), load_encoder(name, cache_dir=exported, threads=1, device="cpu")
+    pixels = random_pixels(2, backbone.image_size)
+    expected = by_torch(backbone, backbone.build(), pixels)
+    np.testing.assert_allclose(encoder.encode(pixels), expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_the_accurate_encoder_is_its_members_side_by_side(accurate, exported, photos):
+    members = [load_encoder(name, cache_dir=exported, threads=1, device="cpu") for name in ENCODERS["accurate"]]
+    expected = np.concatenate(
+        [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) / 3**0.5 for vectors in embed(members, photos)],
+        axis=1,
+    )
+    fused = accurate.encode_images(photos)
+    assert (accurate.name, accurate.dim, fused.shape) == ("accurate", 3840, (3, 3840))
+    np.testing.assert_allclose(fused, expected, atol=1e-5)
+    np.testing.assert_allclose(fuse(embed(members, photos)), expected, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(fused, axis=1), 1, atol=1e-5)
+
+
+def test_a_row_holds_the_squares_one_after_another(accurate, photos):
+    row = accurate.prepare(photos[0])
+    assert row.shape == accurate.input_shape == (3 * (224**2 + 240**2 + 260**2),)
+    np.testing.assert_array_equal(row[-3 * 260**2 :].reshape(260, 260, 3), preprocess(photos[0], 260))
+    assert accurate.needs_side == 260
+
+
+def test_a_corner_or_a_crop_is_what_its_name_says():
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste("red", (32, 12, 40, 20))  # the lower right corner, 40 % of the shorter side
+    assert (Square(8, share=0.4, across=1, down=1).cut(image) == [255, 0, 0]).all()
+    assert not Square(8, share=0.4).cut(image).any()
+    assert Square(8, share=0.4).needs_side == 20
+    np.testing.assert_array_equal(Square(8, mirrored=True).cut(image), Square(8).cut(ImageOps.mirror(image)))
+
+
+@pytest.mark.parametrize(
+    ("views", "squares"),
+    [
+        (("whole", "mirror"), [Square(32), Square(32, mirrored=True)]),
+        (("whole", "crop"), [Square(32), Square(32, 0.8)]),
+        (("crop:0.5",), [Square(32, 0.5)]),
+        (("corners:0.6",), [Square(32, 0.6, across, down) for down in (0.0, 1.0) for across in (0.0, 1.0)]),
+    ],
+)
+def test_views_are_averaged(views, squares, encoder, checkpoint, exported, photos):
+    seeing = load_encoder(str(checkpoint), cache_dir=exported, threads=1, device="cpu", views=views)
+    parts = [encoder.encode(np.stack([square.cut(photo) for photo in photos])) for square in squares]
+    if len(parts) > 1:
+        parts = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts]
+    np.testing.assert_allclose(seeing.encode_images(photos), np.mean(parts, axis=0), atol=1e-4)
+
+
+@pytest.mark.parametrize("views", [(), ("whole", "whole"), ("upside-down",), ("crop:2",), ("crop:x",), ("whole:0.5",)])
+def test_views_that_make_no_sense_are_named(views, checkpoint, exported):
+    with pytest.raises(ConfigError, match="view"):
+        load_encoder(str(checkpoint), cache_dir=exported, views=views)
+
+
+def test_a_model_adapted_over_the_accurate_encoder_loads(accurate, exported, photos, tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {
+        "centre": rng.standard_normal(3840).astype(np.float32) / 100,
+        "map": rng.standard_normal((3840, 3840)).astype(np.float32),
+    }
+    save_model(tmp_path / "fitted", tensors, {"kind": "adapt", "backbone": "accurate", "dim": 3840})
+    encoder = load_encoder(str(tmp_path / "fitted"), cache_dir=exported, threads=1, device="cpu")
+    assert (encoder.name, encoder.dim, encoder.input_shape) == ("fitted", 3840, accurate.input_shape)
+    moved = (accurate.encode_images(photos) - tensors["centre"]) @ tensors["map"]
+    expected = moved / np.linalg.norm(moved, axis=1, keepdims=True)
+    np.testing.assert_allclose(encoder.encode_images(photos), expected, atol=1e-4)
 
 
 def test_a_checkpoint_encodes_as_its_weights_say(encoder, checkpoint):
@@ -147,7 +256,7 @@ def test_preprocessing_cuts_out_the_centre():
 def test_files_come_back_in_order_and_the_bad_ones_with_a_reason(tmp_path):
     """An encoder that only says the mean colour, so that order can be seen."""
     encoder = Encoder(
-        "mean", dim=3, image_size=8, forward=lambda p: p.mean(axis=(1, 2), dtype=np.float32), batch_size=4
+        "mean", dim=3, squares=[Square(8)], forward=lambda p: p.mean(axis=(1, 2), dtype=np.float32), batch_size=4
     )
     paths = []
     for number in range(23):
