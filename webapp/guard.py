@@ -57,11 +57,9 @@ class BodyGuard:
 
 def _limit(path: str) -> int:
     """The most bytes of body that an address takes."""
-    if FORM_PATH.match(path):
-        return settings.MAX_FORM_BYTES
     found = FILE_PATH.match(path)
     if not found:
-        return settings.DATA_UPLOAD_MAX_MEMORY_SIZE
+        return settings.MAX_FORM_BYTES if FORM_PATH.match(path) else settings.DATA_UPLOAD_MAX_MEMORY_SIZE
     return settings.MAX_PHOTO_BYTES if found[1] == "files" else settings.ZIP_CHUNK_BYTES
 
 

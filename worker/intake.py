@@ -1,12 +1,13 @@
 """From stored bytes to photos with embeddings: decode safely, derive copies, embed in batches, write at once.
 
-Decoding runs in threads (Pillow lets go of the interpreter) while the batch before goes through the encoder.
+Decoding runs in threads (Pillow lets go of the interpreter) while the batch before goes through the encoders. A photo
+is decoded once, whatever the number of backbones that look at it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC
@@ -17,10 +18,10 @@ from django.core.files.base import ContentFile
 from django.core.files.storage import default_storage
 from django.utils.translation import gettext as _
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from fewshot_engine import images
-from fewshot_engine.config import DEFAULT_ENCODER
-from fewshot_engine.encoder import Encoder, preprocess
+from fewshot_engine.encoder import Encoder
 from fewshot_engine.errors import ImageRefused
 from webapp.jobs.models import Job
 from webapp.jobs.services import Claim, fenced, finish, report
@@ -28,6 +29,7 @@ from webapp.labelsets.models import Intake
 from webapp.labelsets.services import photos_ready
 from webapp.library.models import Blob, Import, ImportFile
 from webapp.library.services import Outcome, finish_import, place_photos
+from webapp.training.models import DEFAULT_ENCODER
 from worker import archives, runtime, vectors
 from worker.leases import Lease
 
@@ -36,14 +38,15 @@ LINGER_S = 0.5
 DECODED_SIDE = 1200  # px on the shorter side: enough for the working copy, and a large JPEG is decoded at a fraction
 
 Pixels = NDArray[np.uint8]
+Rows = dict[str, Pixels]  # by backbone: a photo as that takes it
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What decoding one file gave: its outcome, and the square that each encoder wants of it."""
+    """What decoding one file gave: its outcome, and a row for each backbone that has not seen it."""
 
     outcome: Outcome
-    pixels: dict[str, Pixels]
+    rows: Rows
 
 
 def run(lease: Lease) -> None:
@@ -59,20 +62,24 @@ def run(lease: Lease) -> None:
     _end(lease.claim, batch)
 
 
-def embed_missing(claim: Claim, blobs: Sequence[Blob], backbone: str) -> None:
-    """Embed those blobs that have no vector under the backbone yet (another model came, or a new one was trained)."""
-    wanted = set(vectors.missing(backbone, [blob.pk for blob in blobs]))
-    todo = [blob for blob in {blob.pk: blob for blob in blobs}.values() if blob.pk in wanted]
+def embed_missing(claim: Claim, blobs: Sequence[Blob], encoder: str) -> None:
+    """Embed what has no vector under an encoder yet (it was chosen, or trained, after the photos came), with progress.
+
+    Where some of the encoder's members have seen a photo, only the others look at it.
+    """
+    wanted = _missing(vectors.members(encoder), [blob.pk for blob in blobs])
+    todo = list({blob.pk: blob for blob in blobs if any(blob.pk in open_ids for open_ids in wanted.values())}.values())
     if not todo:
         return
-    encoder = runtime.encoder(backbone)
+    encoders = {backbone: runtime.encoder(backbone) for backbone, open_ids in wanted.items() if open_ids}
     with ThreadPoolExecutor(max_workers=runtime.CORES, thread_name_prefix="decode") as pool:
         for start in range(0, len(todo), CHUNK):
             chunk = todo[start : start + CHUNK]
-            pixels = list(pool.map(lambda blob: _square(blob, encoder), chunk))
-            written = vectors.write(backbone, [blob.pk for blob in chunk], encoder.encode(np.stack(pixels)))
+            rows = pool.map(lambda blob: (blob.pk, _rows_of(blob, encoders, wanted)), chunk)
+            written = _embed(encoders, rows)
             with fenced(claim):
-                vectors.enter(written)
+                for part in written:
+                    vectors.enter(part)
             done = start + len(chunk)
             report(
                 claim,
@@ -84,12 +91,17 @@ def embed_missing(claim: Claim, blobs: Sequence[Blob], backbone: str) -> None:
 
 
 def _backbones(batch: Import) -> list[str]:
-    """The default one, and that of the label set for which the photos were dropped."""
-    names = [DEFAULT_ENCODER]
+    """Those of the default encoder, and those of the label set for which the photos were dropped."""
+    names = list(vectors.members(DEFAULT_ENCODER))
     intake = Intake.objects.filter(batch=batch).select_related("label_set__model").first()
     if intake is not None:
-        names.append(intake.label_set.model.backbone)
+        names += vectors.members(intake.label_set.model.backbone)
     return list(dict.fromkeys(names))
+
+
+def _missing(backbones: Iterable[str], blob_ids: Collection[UUID]) -> dict[str, set[UUID]]:
+    """Which of the blobs each backbone has not seen."""
+    return {backbone: set(vectors.missing(backbone, blob_ids)) for backbone in backbones}
 
 
 def _has_stored(batch: Import) -> bool:
@@ -108,12 +120,7 @@ def _process_stored(lease: Lease, batch: Import, encoders: dict[str, Encoder], p
         if lease.is_lost:
             return
         outcomes = [item.outcome for item in looked]
-        written = [
-            vectors.write(name, ids, encoder.encode(np.stack(pixels)))
-            for name, encoder in encoders.items()
-            for ids, pixels in [_new_pixels(looked, name)]
-            if ids
-        ]
+        written = _embed(encoders, [(item.outcome.file.blob_id, item.rows) for item in looked])
         with fenced(lease.claim):
             for part in written:
                 vectors.enter(part)
@@ -131,9 +138,7 @@ def _looked_at(batch: Import, encoders: dict[str, Encoder], pool: ThreadPoolExec
             .select_related("blob")
             .order_by("pk")[:CHUNK]
         )
-        wanted = {
-            name: set(vectors.missing(name, [file.blob_id for file in files if file.blob_id])) for name in encoders
-        }
+        wanted = _missing(encoders, [file.blob_id for file in files if file.blob_id])
         futures = [pool.submit(_look, file, encoders, wanted) for file in files]
         if ahead:
             yield [future.result() for future in ahead]
@@ -143,12 +148,12 @@ def _looked_at(batch: Import, encoders: dict[str, Encoder], pool: ThreadPoolExec
 
 
 def _look(file: ImportFile, encoders: dict[str, Encoder], wanted: dict[str, set[UUID]]) -> Looked:
-    """Decode one stored file, keep its copies, cut the squares that encoders still want of it."""
+    """Decode one stored file, keep its copies, and cut from it what backbones have not seen."""
     blob = file.blob
     if blob is None:
         return Looked(Outcome(file, refusal=_("Its bytes are gone; send it again.")), {})
-    open_names = [name for name, blobs in wanted.items() if blob.pk in blobs]
-    if blob.state == Blob.State.READY and not open_names:
+    is_seen = not any(blob.pk in open_ids for open_ids in wanted.values())
+    if blob.state == Blob.State.READY and is_seen:
         return Looked(Outcome(file), {})
     try:
         decoded = images.decode(default_storage.path(blob.original_name), min_side=DECODED_SIDE)
@@ -160,18 +165,28 @@ def _look(file: ImportFile, encoders: dict[str, Encoder], wanted: dict[str, set[
         default_storage.save(blob.working_name, ContentFile(copies.working))
     captured_at = decoded.captured_at.replace(tzinfo=UTC) if decoded.captured_at else None
     outcome = Outcome(file, "", decoded.format, decoded.width, decoded.height, decoded.notes, captured_at)
-    return Looked(outcome, {name: preprocess(decoded.rgb, encoders[name].image_size) for name in open_names})
+    return Looked(outcome, _cut(decoded.rgb, blob, encoders, wanted))
 
 
-def _square(blob: Blob, encoder: Encoder) -> Pixels:
+def _rows_of(blob: Blob, encoders: Mapping[str, Encoder], wanted: Mapping[str, set[UUID]]) -> Rows:
     decoded = images.decode(default_storage.path(blob.original_name), min_side=DECODED_SIDE)
-    return preprocess(decoded.rgb, encoder.image_size)
+    return _cut(decoded.rgb, blob, encoders, wanted)
 
 
-def _new_pixels(looked: Sequence[Looked], backbone: str) -> tuple[list[UUID], list[Pixels]]:
-    """Blob ids and squares, each blob once, of what was decoded for a backbone."""
-    found = {item.outcome.file.blob_id: item.pixels[backbone] for item in looked if backbone in item.pixels}
-    return [pk for pk in found if pk], [square for pk, square in found.items() if pk]
+def _cut(rgb: Image, blob: Blob, encoders: Mapping[str, Encoder], wanted: Mapping[str, set[UUID]]) -> Rows:
+    return {name: encoder.prepare(rgb) for name, encoder in encoders.items() if blob.pk in wanted[name]}
+
+
+def _embed(encoders: Mapping[str, Encoder], rows: Iterable[tuple[UUID | None, Rows]]) -> list[vectors.Written]:
+    """Push rows through their backbones and put the vectors on the disk; of a photo that comes twice, one."""
+    by_blob = {blob_id: found for blob_id, found in rows if blob_id is not None and found}
+    written = []
+    for name, encoder in encoders.items():
+        ids = [blob_id for blob_id, found in by_blob.items() if name in found]
+        if ids:
+            pixels = np.stack([by_blob[blob_id][name] for blob_id in ids])
+            written.append(vectors.write(name, ids, encoder.encode(pixels)))
+    return written
 
 
 def _end(claim: Claim, batch: Import) -> None:

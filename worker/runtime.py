@@ -11,16 +11,16 @@ from django.conf import settings
 from django.core.files.storage import default_storage
 from numpy.typing import NDArray
 
-from fewshot_engine.config import DEFAULT_ENCODER
 from fewshot_engine.encoder import Encoder, load_encoder
 from fewshot_engine.recipes import Recipe, load_recipe
-from webapp.training.models import Model
+from webapp.training.models import DEFAULT_ENCODER, Model
+from worker.vectors import members
 
 Vectors = NDArray[np.float32]
 CORES = os.cpu_count() or 1
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=6)  # the members of the accurate encoder, and some trained backbones
 def encoder(backbone: str) -> Encoder:
     """The encoder of a backbone's name: a built-in one, or `model-…` of a run that trained its own.
 
@@ -45,6 +45,7 @@ def as_seen_by(model: Model, vectors: Vectors) -> Vectors:
 
 
 def warm_up() -> None:
-    """Load the default encoder and push one picture through it."""
-    loaded = encoder(DEFAULT_ENCODER)
-    loaded.encode(np.zeros((1, loaded.image_size, loaded.image_size, 3), dtype=np.uint8))
+    """Load what the default encoder is made of, and push one picture through."""
+    for backbone in members(DEFAULT_ENCODER):
+        loaded = encoder(backbone)
+        loaded.encode(np.zeros((1, *loaded.input_shape), dtype=np.uint8))

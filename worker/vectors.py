@@ -1,4 +1,8 @@
-"""Embeddings, computed once and kept: float32 rows in shard files with one writer each; the database says where."""
+"""Embeddings, computed once and kept: float32 rows in shard files with one writer each; the database says where.
+
+They are kept by backbone. An encoder that fuses several has no vectors of its own: those of its members are fused when
+read, so that going from one encoder to another computes only what is missing.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ import numpy as np
 from django.core.files.storage import default_storage
 from numpy.typing import NDArray
 
+from fewshot_engine.config import ENCODERS
+from fewshot_engine.encoder import fuse
 from webapp.library.models import Embedding, Shard
 
 Vectors = NDArray[np.float32]
@@ -28,6 +34,11 @@ class Written:
     shard: Shard
     start: int
     blob_ids: tuple[UUID, ...]
+
+
+def members(encoder: str) -> tuple[str, ...]:
+    """The backbones that an encoder is made of; a single backbone, or a model of a run, is made of itself."""
+    return ENCODERS.get(encoder, (encoder,))
 
 
 def write(backbone: str, blob_ids: Sequence[UUID], vectors: Vectors) -> Written:
@@ -62,7 +73,7 @@ def enter(written: Written) -> None:
 
 
 def missing(backbone: str, blob_ids: Iterable[UUID]) -> list[UUID]:
-    """Those of the blobs that have no vector yet, each once, in order."""
+    """Those of the blobs that have no vector under a backbone yet, each once, in order."""
     wanted = list(dict.fromkeys(blob_ids))
     there: set[UUID] = set()
     for start in range(0, len(wanted), QUERY_IDS):
@@ -71,12 +82,23 @@ def missing(backbone: str, blob_ids: Iterable[UUID]) -> list[UUID]:
     return [blob_id for blob_id in wanted if blob_id not in there]
 
 
-def read(backbone: str, blob_ids: Sequence[UUID]) -> tuple[NDArray[np.bool_], Vectors]:
-    """The vectors of blobs, in their order.
+def read(encoder: str, blob_ids: Sequence[UUID]) -> tuple[NDArray[np.bool_], Vectors]:
+    """The vectors of blobs under an encoder, in their order; fused where it has several members.
 
     Returns:
-        (n,) which of them have a vector, and (m, dim) those that there are; (0, 0) where there is none at all.
+        (n,) which of them have a vector (of every member), and (m, dim) those that there are; (0, 0) where there is
+        none at all.
     """
+    parts = [_read_member(backbone, blob_ids) for backbone in members(encoder)]
+    if len(parts) == 1:
+        return parts[0]
+    everywhere = np.logical_and.reduce([there for there, _vectors in parts])
+    if not everywhere.any():
+        return everywhere, np.empty((0, 0), dtype=np.float32)
+    return everywhere, fuse([found[everywhere[there]] for there, found in parts])
+
+
+def _read_member(backbone: str, blob_ids: Sequence[UUID]) -> tuple[NDArray[np.bool_], Vectors]:
     places: dict[UUID, tuple[UUID, int]] = {}
     for start in range(0, len(blob_ids), QUERY_IDS):
         rows = Embedding.objects.filter(backbone=backbone, blob__in=blob_ids[start : start + QUERY_IDS])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from fewshot_engine.config import DEFAULT_ENCODER
 from tests.factories import make_collection, make_label_set, picture
 from tests.worker.test_intake import take_in
 from webapp.accounts.models import User
@@ -12,6 +11,7 @@ from webapp.jobs.models import Job
 from webapp.labelsets import services
 from webapp.labelsets.models import Classification, Intake, LabelSet, Prediction
 from webapp.library.models import Collection, Photo
+from webapp.training.models import ACCURATE, DEFAULT_ENCODER, FAST, Model
 from worker.tasks import run_job
 
 pytestmark = pytest.mark.django_db
@@ -166,4 +166,18 @@ def test_old_revisions_go(owner: User, shapes: Collection) -> None:
     assert sorted(set(kept)) == [batch.revision - 2, batch.revision - 1, batch.revision]
     batch.job.refresh_from_db()
     assert batch.job.state == Job.State.IDLE
-    assert label_set.model.backbone == DEFAULT_ENCODER
+
+
+def test_a_label_set_goes_from_one_encoder_to_the_other_and_back(owner: User, shapes: Collection) -> None:
+    label_set = taught(owner, shapes)
+    batch = services.classify_collection(label_set, shapes)
+    run_job(str(batch.job_id))
+    other = FAST if DEFAULT_ENCODER == ACCURATE else ACCURATE
+    for backbone in (other, DEFAULT_ENCODER):
+        services.use_model(label_set, Model.objects.get(backbone=backbone, kind=Model.Kind.BUILT_IN))
+        learn(label_set)
+        run_job(str(batch.job_id))
+        batch.refresh_from_db()
+        assert batch.prototypes is not None and batch.prototypes.model.backbone == backbone
+        right = sum(name.endswith(answer) for name, answer in answers(batch).items())
+        assert right >= 13

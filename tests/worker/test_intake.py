@@ -12,13 +12,15 @@ from django.core.files.base import ContentFile
 from django.core.files.storage import default_storage
 from PIL import Image
 
-from fewshot_engine.config import DEFAULT_ENCODER
 from tests.factories import make_collection, picture
 from webapp.accounts.models import User
 from webapp.jobs.models import Job
+from webapp.jobs.services import claim, create_job, wake
 from webapp.library import services
-from webapp.library.models import Blob, Collection, Import, ImportFile, Photo
+from webapp.library.models import Blob, Collection, Embedding, Import, ImportFile, Photo
+from webapp.training.models import ACCURATE, DEFAULT_ENCODER, FAST
 from worker import vectors
+from worker.intake import embed_missing
 from worker.tasks import run_job
 
 pytestmark = pytest.mark.django_db
@@ -76,7 +78,7 @@ def test_class_folders_become_a_tree_of_categories_with_embedded_photos(collecti
     assert photo.name == "1.jpg"
     assert Photo.objects.get(name="stray.jpg").category is None
     there, embeddings = vectors.read(DEFAULT_ENCODER, [photo.blob_id])
-    assert there.all() and embeddings.shape == (1, 1280)
+    assert there.all() and embeddings.shape == (1, 1280 * len(vectors.members(DEFAULT_ENCODER)))
     assert default_storage.exists(photo.blob.thumbnail_name)
     assert default_storage.exists(photo.blob.working_name)
 
@@ -242,6 +244,41 @@ def test_bombs_are_refused(collection: Collection) -> None:
     batch = take_in(collection, {"bomb.png": out.getvalue()})
     assert batch.counts()["refused"] == 1
     assert "megapixels" in batch.files.get().reason
+
+
+def test_only_what_has_not_seen_a_photo_looks_at_it_later(owner: User, collection: Collection) -> None:
+    take_in(collection, {f"a/{n}.jpg": picture(0, n) for n in range(3)})
+    blobs = list(Blob.objects.all())
+    lite0, lite1, lite2 = vectors.members(ACCURATE)
+    Embedding.objects.filter(backbone__in=(lite1, lite2)).delete()
+    before = {e.blob_id: e.pk for e in Embedding.objects.filter(backbone=lite0)}
+    assert len(before) == 3
+    there, _none = vectors.read(ACCURATE, [blob.pk for blob in blobs])
+    assert not there.any()
+    job = create_job(owner, Job.Kind.CLASSIFY, queue=Job.Queue.INTERACTIVE, title="x")
+    wake(job.pk)
+    claimed = claim(job.pk, worker="test")
+    assert claimed is not None
+    embed_missing(claimed, [*blobs, blobs[0]], ACCURATE)
+    there, fused = vectors.read(ACCURATE, [blob.pk for blob in blobs])
+    assert there.all() and fused.shape == (3, 3 * 1280)
+    assert {e.blob_id: e.pk for e in Embedding.objects.filter(backbone=lite0)} == before
+    assert [event.data for event in job.events.filter(type="preparing")] == [{"done": 3, "total": 3}]
+
+
+def test_fused_vectors_are_those_of_the_members_side_by_side(owner: User) -> None:
+    blobs = [Blob.objects.create(owner=owner, sha256=f"{n:064x}", size=1).pk for n in range(3)]
+    lite0, lite1, lite2 = vectors.members(ACCURATE)
+    for n, backbone in enumerate((lite0, lite1, lite2)):
+        seen = blobs[n // 2 :]  # the last one has not seen the first photo
+        rows = np.tile(np.eye(4, dtype=np.float32)[n] * (n + 2), (len(seen), 1))
+        vectors.enter(vectors.write(backbone, seen, rows))
+    there, fused = vectors.read(ACCURATE, blobs)
+    assert there.tolist() == [False, True, True]
+    expected = np.concatenate([np.eye(4)[n] for n in range(3)]) / np.sqrt(3)
+    np.testing.assert_allclose(fused, [expected, expected], rtol=1e-6)
+    there, raw = vectors.read(FAST, blobs)
+    assert there.all() and raw[0].tolist() == [2, 0, 0, 0]
 
 
 def test_vectors_survive_what_a_dead_writer_left(owner: User) -> None:

@@ -20,21 +20,12 @@ class CreateForm(forms.Form):
         max_length=120,
         widget=forms.TextInput(attrs={"autocomplete": "off", "placeholder": _("Kitchen counter")}),
     )
-    model = forms.ModelChoiceField(
-        label=_("Model"),
-        queryset=Model.objects.none(),
-        required=False,
-        empty_label=None,
-        help_text=_("What looks at the photos. It can be changed later."),
-    )
+    model = forms.ModelChoiceField(label=_("Model"), queryset=Model.objects.none(), required=False, empty_label=None)
 
     def __init__(self, *args: Any, user: User, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        models = Model.objects.usable_by(user)
         field: Any = self.fields["model"]
-        field.queryset = models
-        if not self.is_bound and len(models) < 2:
-            del self.fields["model"]
+        field.queryset = Model.objects.usable_by(user)
 
 
 class NameForm(forms.Form):

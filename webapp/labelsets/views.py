@@ -81,6 +81,7 @@ def label_sets(request: HttpRequest) -> HttpResponse:
         "page": page,
         "covers": cards.read_covers(list(page.object_list)),
         "form": CreateForm(user=person(request), auto_id="new-%s"),
+        "models": Model.objects.usable_by(person(request)).built_in_first(),
     }
     return render(request, "labelsets/list.html", context)
 
@@ -358,7 +359,7 @@ def _page(request: HttpRequest, one: LabelSet) -> dict[str, Any]:
         "set": one,
         "board": cards.read_board(one, first=_number(request, "labels")),
         "batches": cards.recent_batches(one),
-        "models": list(Model.objects.usable_by(person(request))),
+        "models": Model.objects.usable_by(person(request)).built_in_first(),
         "collections": Collection.objects.of(person(request)).shown().order_by("name"),
         "top_ks": range(1, MOST_TOP_K + 1),
         "shown_top_k": 3,

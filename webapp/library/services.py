@@ -159,9 +159,9 @@ def store_photo(file: ImportFile, chunks: Iterable[bytes]) -> ImportFile:
     return file
 
 
-def take_form_files(batch: Import, files: Sequence[UploadedFile]) -> None:
+def take_form_files(batch: Import, files: Sequence[UploadedFile[Any]]) -> None:
     """A whole upload at once: the files of a plain form, each kept even where two have the same name."""
-    by_path: dict[str, UploadedFile] = {}
+    by_path: dict[str, UploadedFile[Any]] = {}
     for n, file in enumerate(files, start=1):
         name = file.name or _("photo")
         by_path[name if name not in by_path else f"{n} {name}"] = file

@@ -9,13 +9,21 @@ from django import forms
 from django.utils.text import format_lazy
 from django.utils.translation import gettext_lazy as _
 
-from fewshot_engine.config import DEFAULT_ENCODER, TRAINABLE_BACKBONES, EpisodeConfig, TrainConfig
+from fewshot_engine.config import TRAINABLE_BACKBONES, EpisodeConfig, TrainConfig
 from fewshot_engine.errors import ConfigError
+from webapp.training.models import ACCURATE, DEFAULT_ENCODER, FAST
 
 TYPICAL_RATE = {"adapt": 1e-4, "full": 1e-3}
 TYPICAL = TrainConfig()
 KINDS = (("adapt", _("Adapt")), ("full", _("Full")))
-BACKBONE_NAMES = {"conv4": _("Conv-4, small, from scratch"), "efficientnet-lite0": _("EfficientNet-Lite0, pretrained")}
+BACKBONE_NAMES = {
+    ACCURATE: _("Accurate: EfficientNet-Lite0, -Lite1 and -Lite2"),
+    "conv4": _("Conv-4, small, from scratch"),
+    "resnet12": _("ResNet-12, from scratch"),
+    "efficientnet-lite0": _("EfficientNet-Lite0, pretrained"),
+    "efficientnet-lite1": _("EfficientNet-Lite1, pretrained"),
+    "efficientnet-lite2": _("EfficientNet-Lite2, pretrained"),
+}
 
 # How a ConfigError begins -> the field it speaks of.
 FIELD_OF = {
@@ -117,12 +125,19 @@ class RunForm(forms.Form):
         1000,
         _("epochs"),
     )
+    base = forms.ChoiceField(
+        label=_("Adapted from"),
+        help_text=_("Accurate tells alike things apart better; with fast, new photos are taken in sooner."),
+        required=False,
+        choices=((ACCURATE, _("The accurate encoder")), (FAST, _("The fast encoder"))),
+        initial=DEFAULT_ENCODER,
+    )
     backbone = forms.ChoiceField(
         label=_("Backbone"),
         help_text=_("The network that turns a photo into numbers."),
         required=False,
         choices=[(name, BACKBONE_NAMES.get(name, name)) for name in TRAINABLE_BACKBONES],
-        initial=DEFAULT_ENCODER,
+        initial=TYPICAL.backbone,
     )
     image_size = _number(
         _("Image size"),
@@ -140,17 +155,14 @@ class RunForm(forms.Form):
         self.fields["image_size"].required = False
         self.config: TrainConfig | None = None
 
-    def group(self, names: tuple[str, ...]) -> list[forms.BoundField]:
-        return [self[name] for name in names]
-
     def episode_fields(self) -> list[forms.BoundField]:
-        return self.group(self.EPISODE)
+        return [self[name] for name in self.EPISODE]
 
     def course_fields(self) -> list[forms.BoundField]:
-        return self.group(self.COURSE)
+        return [self[name] for name in self.COURSE]
 
     def pixel_fields(self) -> list[forms.BoundField]:
-        return self.group(self.PIXELS)
+        return [self[name] for name in self.PIXELS]
 
     def clean_key(self) -> str:
         key: str = self.cleaned_data["key"]
@@ -169,7 +181,7 @@ class RunForm(forms.Form):
         course = {name: values[name] for name in (*self.COURSE, *self.PIXELS) if name in values}
         course.setdefault("learning_rate", TYPICAL_RATE[kind])
         if kind == "adapt":  # reads the embeddings that there are already
-            course["backbone"] = DEFAULT_ENCODER
+            course["backbone"] = values.get("base", DEFAULT_ENCODER)
             course.pop("image_size", None)
         if self.errors:
             course.setdefault("eval_every", 1)

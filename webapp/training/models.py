@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from django.conf import settings
 from django.db import models
-from django.db.models import Q
+from django.db.models import Case, Q, When
 from django.urls import reverse
-from django.utils.translation import gettext_lazy as _
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_lazy
 
-from fewshot_engine.config import DEFAULT_ENCODER, TrainConfig
+from fewshot_engine.config import ENCODERS, TrainConfig
 from webapp.jobs.models import Job
 from webapp.library.models import Collection
 
@@ -19,25 +20,35 @@ if TYPE_CHECKING:
     from webapp.accounts.models import User
 
 
+ACCURATE, FAST = "accurate", ENCODERS["fast"][0]
+DEFAULT_ENCODER = ACCURATE  # of new label sets and of what is embedded at once; FAST where the machine is slow
+
+
 class ModelQuerySet(models.QuerySet["Model"]):
     def usable_by(self, user: User) -> ModelQuerySet:
         return self.filter(Q(owner=None) | Q(owner=user))
 
     def default(self) -> Model:
+        """The built-in one that label sets begin with."""
         return self.get(owner=None, backbone=DEFAULT_ENCODER, kind=Model.Kind.BUILT_IN)
+
+    def built_in_first(self) -> ModelQuerySet:
+        """The default, the other one as it came, then those that runs have made, the newest first."""
+        is_default = Case(When(kind=Model.Kind.BUILT_IN, backbone=DEFAULT_ENCODER, then=0), default=1)
+        return self.order_by(is_default, Case(When(kind=Model.Kind.BUILT_IN, then=0), default=1), "-created")
 
 
 class Model(models.Model):
     """An encoder that can be used: a built-in one, or what a run has made.
 
-    `backbone` names the embeddings it reads; an adapted model reads those of the backbone it was adapted from and
-    applies its recipe to them, a fully trained one has embeddings of its own.
+    `backbone` names the embeddings it reads: an encoder's (ENCODERS), or a single backbone's. An adapted model reads
+    those of the encoder it was adapted from and applies its recipe to them; a fully trained one has its own.
     """
 
     class Kind(models.TextChoices):
-        BUILT_IN = "built-in", _("as it came")
-        ADAPT = "adapt", _("adapted")
-        FULL = "full", _("fully trained")
+        BUILT_IN = "built-in", gettext_lazy("as it came")
+        ADAPT = "adapt", gettext_lazy("adapted")
+        FULL = "full", gettext_lazy("fully trained")
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, null=True, related_name="models")
@@ -60,6 +71,17 @@ class Model(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def good_for(self) -> str:
+        """A sentence that helps to choose."""
+        if self.kind == self.Kind.ADAPT:
+            return _("Adapted to your own photos; at its best on photos like those that it learned from.")
+        if self.kind == self.Kind.FULL:
+            return _("Trained on your own photos from the pixels; at its best on subjects like those.")
+        if self.backbone == ACCURATE:
+            return _("Three networks look at each photo: better at things that look alike, slower with new photos.")
+        return _("One network looks at each photo: new photos are taken in sooner, things that look alike mix more.")
 
 
 class RunQuerySet(models.QuerySet["TrainingRun"]):

@@ -14,7 +14,7 @@ from fewshot_engine.config import TrainConfig
 from webapp.jobs.models import Event, Job
 from webapp.jobs.story import Line, figure, percent, plus_minus, tell
 from webapp.library.models import Collection
-from webapp.training.forms import TYPICAL_RATE
+from webapp.training.forms import BACKBONE_NAMES, TYPICAL_RATE
 from webapp.training.models import Metric, TrainingRun
 from webapp.training.services import TrainingError, notes_for
 
@@ -94,6 +94,10 @@ class RunReport:
     def way_shot(self) -> str:
         played = self.run.baseline or self.run.config["episode"]
         return _("%(way)d-way %(shot)d-shot") % {"way": played["way"], "shot": played["shot"]}
+
+    @property
+    def backbone(self) -> str:
+        return str(BACKBONE_NAMES.get(self.config.backbone, self.config.backbone))
 
     @property
     def chance(self) -> str:
