@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,7 +34,18 @@ def encoder(backbone: str) -> Encoder:
     source = backbone
     if backbone.startswith("model-"):
         source = default_storage.path(Model.objects.get(backbone=backbone, kind=Model.Kind.FULL).folder)
-    return load_encoder(source, cache_dir=Path(settings.DATA_DIR) / "encoders")
+    folder = Path(settings.DATA_DIR) / "encoders"
+    with _one_process(folder):
+        return load_encoder(source, cache_dir=folder)
+
+
+@contextmanager
+def _one_process(folder: Path) -> Iterator[None]:
+    """At the first start each worker wants what only needs to be exported once: the others wait for the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @lru_cache(maxsize=8)

@@ -1,6 +1,6 @@
 // Photos on their way to the server: a manifest says what is there, each photo goes up in one PUT that can be repeated,
 // a zip in hashed chunks. Losing the network costs time and nothing else; the same files again go on where it stopped.
-import { element, request, RequestError } from "./app.js";
+import { element, request, RequestError, toast } from "./app.js";
 
 const PARALLEL = 5;
 const HASHING = 4;
@@ -18,7 +18,7 @@ const fill = (text, values) => text.replace(/%\((\w+)\)s/g, (_, name) => values[
 
 // What was chosen -----------------------------------------------------------------------------------
 
-/** All files of a drop, folders included: [{file, path}], paths beginning with the folder that was dropped. */
+/** All files of a drop, folders included: [{file, path}], paths beginning with the folder; says so where there are none. */
 export async function filesFromDrop(dataTransfer) {
   // The list is emptied when the event is over: take its entries before the first wait.
   const items = [...dataTransfer.items].filter((item) => item.kind === "file");
@@ -27,6 +27,10 @@ export async function filesFromDrop(dataTransfer) {
   for (const root of roots) {
     if (root instanceof File) found.push({ file: root, path: root.name });
     else await walk(root, "", found);
+  }
+  if (roots.length && !found.length) {
+    const names = roots.map((root) => `“${root.name}”`).join(", ");
+    toast(fill(gettext("%(names)s: 0 files in it, so there is nothing to upload. Drop a folder that has photos in it."), { names }), { kind: "warn" });
   }
   return found;
 }

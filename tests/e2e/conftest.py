@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
-from tests.factories import picture_folder
+from tests.drawings import fruit_folder
 from tests.studio import ROOT, Studio
 
 FLAGS = [
@@ -88,7 +89,7 @@ def grocery(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return real
     root = tmp_path_factory.mktemp("pictures") / "grocery"
     for kind in ("Fruit", "Vegetables"):
-        picture_folder(root / kind, classes=8, each=8)
+        fruit_folder(root / kind, each=8)
     return root
 
 
@@ -97,7 +98,63 @@ def clothing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     real = SHARED / "clothing"
     if real.is_dir():
         return real
-    return picture_folder(tmp_path_factory.mktemp("pictures") / "clothing", classes=5, each=10)
+    return fruit_folder(tmp_path_factory.mktemp("pictures") / "clothing", each=10)
+
+
+@pytest.fixture(scope="session")
+def orchard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn fruit in five class folders, six pictures each."""
+    return fruit_folder(tmp_path_factory.mktemp("pictures") / "orchard", each=6)
+
+
+def upload(page: Page, folder: Path) -> str:
+    """From home: choose a folder, and wait until all of it is taken in. Returns the collection's address."""
+    page.goto("/")
+    page.set_input_files("#choose-folder", str(folder))
+    page.locator("#what-for").get_by_role("button", name="Upload").click()
+    page.wait_for_url(re.compile(r"/collections/[0-9a-f-]{36}/"))
+    expect(page.locator("#import")).to_contain_text("The last upload", timeout=120_000)
+    return page.url
+
+
+def make_label_set(page: Page, name: str, *labels: str) -> str:
+    """A label set with labels that have no examples yet; returns its address, with the page open."""
+    page.goto("/label-sets/")
+    page.locator("[data-open=new-set]").first.click()
+    page.locator("#new-set input[name=name]").fill(name)
+    page.locator("#new-set").get_by_role("button", name="Create").click()
+    page.wait_for_url(re.compile(r"/label-sets/[0-9a-f-]{36}/"))
+    for label in labels:
+        page.locator("#new-label-name").fill(label)
+        page.locator("#new-label-name").press("Enter")
+        expect(card_of(page, label)).to_be_visible()
+    return page.url
+
+
+def card_of(page: Page, label: str) -> Locator:
+    return page.locator(f".label[data-name='{label}']")
+
+
+def examples_of(card: Locator) -> Locator:
+    return card.locator("[id^=example-]")
+
+
+def learned(page: Page) -> None:
+    """Wait until the labels column has settled."""
+    expect(page.locator(".label .is-arriving, .label progress")).to_have_count(0, timeout=60_000)
+
+
+def drop(page: Page, place: Locator, *paths: Path) -> None:
+    """Drag files or folders from the desktop over a place and let go: the browser's own events, with real entries."""
+    place.scroll_into_view_if_needed()
+    box = place.bounding_box()
+    assert box is not None
+    where = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    devtools = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        devtools.send("Input.dispatchDragEvent", {"type": kind, **where, "data": data})
+    devtools.detach()
 
 
 def snap(page: Page, name: str) -> None:

@@ -141,16 +141,3 @@ def test_from_a_tree_of_folders_to_a_trained_model(page: Page, account: None, gr
     snap(page, "17-activity")
     page.goto("/collections/")
     snap(page, "18-collections")
-
-
-def test_bad_input_is_answered_with_a_sentence(page: Page, account: None, tmp_path: Path) -> None:
-    log_in(page)
-    folder = tmp_path / "odd"
-    (folder / "a").mkdir(parents=True)
-    (folder / "a" / "text.jpg").write_text("this is no picture")
-    (folder / "a" / "notes.txt").write_text("nor this")
-    upload_folder(page, folder)
-    page.wait_for_url(re.compile(r"/collections/[0-9a-f-]+/"))
-    expect(page.locator("body")).to_contain_text("1 refused", timeout=60_000)
-    expect(page.locator("body")).to_contain_text("text.jpg")
-    snap(page, "19-refused")
