@@ -32,13 +32,23 @@ class Adapter:
     starts_trained = True
 
     def __init__(
-        self, config: TrainConfig, data: TrainData, base: NDArray[np.int64], validation: Tensor, device: torch.device
+        self,
+        config: TrainConfig,
+        data: TrainData,
+        base: NDArray[np.int64],
+        validation: Tensor,
+        test: Tensor,
+        device: torch.device,
     ) -> None:
+        """The photos to learn from carry their label in `base`, (n,), and all others -1.
+
+        `validation` and `test`, (m,) indices, are photos to embed later; a choice may be made on the first alone.
+        """
         if data.embeddings is None:
             raise ConfigError("adapt learns from embeddings, and none were given")
         self.backbone = config.backbone
         self.generator = torch.Generator()  # adapt augments nothing
-        rows = np.union1d(np.flatnonzero(base >= 0), validation.numpy())
+        rows = np.unique(np.concatenate([np.flatnonzero(base >= 0), validation.numpy(), test.numpy()]))
         self.place = torch.full((len(base),), -1, dtype=torch.long)  # photo -> row of what is kept here
         self.place[torch.from_numpy(rows)] = torch.arange(len(rows))
         self.place = self.place.to(device)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fewshot_engine.cli_evaluate import add_common, add_episode, embed_images, keep_rows, print_json, say
-from fewshot_engine.config import DEFAULT_ENCODER, TRAINABLE_BACKBONES, EpisodeConfig, TrainConfig
+from fewshot_engine.config import DEFAULT_ENCODER, TRAINABLE_BACKBONES, Augmentation, EpisodeConfig, TrainConfig
 from fewshot_engine.datasets import (
     ClassSplit,
     LabelledImages,
@@ -69,7 +69,7 @@ def _train(options: argparse.Namespace) -> None:
         learning_rate=options.lr or LEARNING_RATES[options.kind],
         eval_episodes=options.eval_episodes,
         seed=options.seed,
-        flips=not options.no_flips,
+        augmentation=Augmentation(flips=not options.no_flips),
     )
     images = from_folders([*options.folders, *options.val], options.level)
     split = _given_split(images, options, config.episode) if options.val else None

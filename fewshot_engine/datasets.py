@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -61,9 +62,11 @@ class ClassSplit:
     """Which classes are trained on and which are held out, as indices into the classes that were split.
 
     Attributes:
+        validation: where the checkpoint is chosen.
+        test: where the final figure is made, and nothing else; empty where there are too few classes.
         way: the ways that the validation classes allow, at most what was asked for.
-        optimistic: there were too few classes to hold any out; validation repeats the base classes, and every
-            figure made on it flatters.
+        optimistic: nothing is held out, because there were too few classes or nobody wanted it; validation repeats the
+            base classes, and every figure made on it flatters.
         notes: sentences for people, empty when everything was as asked.
     """
 
@@ -72,6 +75,7 @@ class ClassSplit:
     way: int = 0
     optimistic: bool = False
     notes: tuple[str, ...] = ()
+    test: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,42 +185,71 @@ def from_folders(roots: Sequence[str | Path], level: str | int = "leaf") -> Labe
     return LabelledImages(tuple(names), labels, paths, _identical_files(list(map(Path, paths))))
 
 
-def split_classes(counts: Mapping[str, int] | Sequence[object], *, share: float, way: int, seed: int) -> ClassSplit:
-    """Hold out classes for validation, at random but the same for the same seed.
+def split_classes(
+    counts: Mapping[str, int] | Sequence[object],
+    *,
+    share: float,
+    way: int,
+    seed: int,
+    test_share: float = 0.0,
+    base_way: int | None = None,
+) -> ClassSplit:
+    """Hold out classes for validation and test, at random but the same for the same seed.
 
-    Validation gets `share` of the classes and at least `way`; base keeps at least `way`. With fewer than 2 x `way`
-    classes base keeps `way` and validation is evaluated with fewer ways; where not even two classes are left over,
-    validation repeats the base classes and the split calls itself optimistic.
+    Validation gets `share` of the classes and at least `way`; base keeps at least `base_way`. With too few for that,
+    validation is evaluated with fewer ways; where not even two classes are left over, validation repeats the base
+    classes and the split calls itself optimistic. Test gets `test_share` and at least `way`, if base then still has
+    half of all classes.
 
     Args:
         counts: the classes, by position; their sizes are not looked at. Nested classes are split leaf by leaf.
-        share: of the classes, above 0 and at most 0.5.
+        share: of the classes, at most 0.5; 0 trains on all of them and says so.
+        base_way: `way` where not given.
 
     Raises:
-        DataError: fewer classes than `way`.
+        DataError: fewer classes than `base_way`.
     """
-    if not 0 < share <= 0.5:
-        raise ConfigError(f"validation share is {share}: use a number above 0, up to 0.5")
-    n = len(counts)
-    if n < way:
-        raise DataError(f"{way}-way needs {way} classes; this collection has {n}")
+    if not 0 <= share <= 0.5:
+        raise ConfigError(f"validation share is {share}: use a number from 0 to 0.5")
+    n, base_way = len(counts), way if base_way is None else base_way
+    if n < base_way:
+        raise DataError(f"{base_way}-way needs {base_way} classes; this collection has {n}")
+    if share == 0:
+        note = "No class is held out, as was asked, so the figures come from the classes trained on and are optimistic."
+        return ClassSplit(tuple(range(n)), tuple(range(n)), min(way, n), optimistic=True, notes=(note,))
     order = list(range(n))
     random.Random(seed).shuffle(order)  # noqa: S311 -- a split to be repeated, not a secret
-    if n - way < 2:
+    if n - base_way < 2:
         note = (
-            f"{n} classes are too few to hold any out of {way}-way training, so the figures come from the classes "
-            f"trained on and are optimistic; {2 * way} classes allow an honest estimate."
+            f"{n} classes are too few to hold any out of {base_way}-way training, so the figures come from the classes "
+            f"trained on and are optimistic; {base_way + way} classes allow an honest estimate."
         )
         everything = tuple(range(n))
-        return ClassSplit(everything, everything, way, optimistic=True, notes=(note,))
-    held = min(max(way, round(share * n)), n - way)
-    notes: tuple[str, ...] = ()
+        return ClassSplit(everything, everything, min(way, n), optimistic=True, notes=(note,))
+    held = min(max(way, round(share * n)), n - base_way)
+    tested, notes = _test_size(n - held, n, test_share, way=way, base_way=base_way)
     if held < way:
-        notes = (
+        note = (
             f"{n} classes leave {held} to hold out, so validation is {held}-way (chance {100 / held:.0f} %) while "
-            f"training is {way}-way; {2 * way} classes allow {way}-way validation.",
+            f"training is {base_way}-way; {base_way + way} classes allow {way}-way validation."
         )
-    return ClassSplit(tuple(sorted(order[held:])), tuple(sorted(order[:held])), min(held, way), notes=notes)
+        notes = (note, *notes)
+    parts = order[held + tested :], order[:held], order[held : held + tested]
+    base, validation, test = (tuple(sorted(part)) for part in parts)
+    return ClassSplit(base, validation, min(held, way), notes=notes, test=test)
+
+
+def _test_size(left: int, n: int, share: float, *, way: int, base_way: int) -> tuple[int, tuple[str, ...]]:
+    """Classes to test on, of those that validation has left, and what there is to say about it."""
+    if share == 0:
+        return 0, ()
+    least = max(base_way, math.ceil(n / 2))  # what base keeps
+    if left - way >= least:
+        return min(max(way, round(share * n)), left - least), ()
+    return 0, (
+        f"{n} classes are too few to keep {way} for nothing but the final figure, so it is made on the classes that "
+        "the checkpoint is chosen by, and is optimistic.",
+    )
 
 
 def split_for(counts: Mapping[str, int], config: TrainConfig) -> ClassSplit:
@@ -225,11 +258,21 @@ def split_for(counts: Mapping[str, int], config: TrainConfig) -> ClassSplit:
     Raises:
         DataError: as `check_episode` does.
     """
-    left_out = {name for name, _ in check_episode(counts, config.episode).left_out}
+    largest = config.largest_episode
+    turns = 4 if config.rotations_as_classes else 1
+    needed = replace(largest, way=max(2, math.ceil(largest.way / turns)))
+    left_out = {name for name, _ in check_episode(counts, needed).left_out}
     usable = [index for index, name in enumerate(counts) if name not in left_out]
-    split = split_classes(usable, share=config.validation_share, way=config.episode.way, seed=config.seed)
-    base, validation = (tuple(usable[index] for index in part) for part in (split.base, split.validation))
-    return replace(split, base=base, validation=validation)
+    split = split_classes(
+        usable,
+        share=config.validation_share,
+        test_share=config.test_share,
+        way=config.episode.way,
+        base_way=needed.way,
+        seed=config.seed,
+    )
+    base, validation, test = (tuple(usable[index] for index in p) for p in (split.base, split.validation, split.test))
+    return replace(split, base=base, validation=validation, test=test)
 
 
 def check_episode(counts: Mapping[str, int], episode: EpisodeConfig) -> EpisodePlan:

@@ -75,20 +75,27 @@ class EpisodeSampler:
         self._fill_tables([units[int(name)] for name in self.classes])
         self._log_weights = self._logarithms(weights)
 
-    def sample(self, count: int) -> Episodes:
-        """`count` episodes, independent of each other."""
-        rows = self._draw_classes(count)  # (b, way), rows of the tables
+    def sample(self, count: int, *, way: int | None = None, shot: int | None = None) -> Episodes:
+        """`count` episodes, independent of each other.
+
+        Args:
+            way, shot: for these episodes, at most what the sampler was made for; that itself where not given.
+        """
+        way, shot = way or self.way, shot or self.shot
+        if way > self.way or shot > self.shot:
+            raise ConfigError(f"{way}-way {shot}-shot of a sampler made for up to {self.way}-way {self.shot}-shot")
+        rows = self._draw_classes(count, way)  # (b, way), rows of the tables
         size = self._sizes[rows]  # (b, way)
         keys = torch.rand(*rows.shape, self._first.shape[1], generator=self.generator)
         keys.masked_fill_(torch.arange(keys.shape[2]) >= size[..., None], 2.0)  # padding is never among the smallest
-        chosen = keys.topk(self.shot + self.query, dim=2, largest=False).indices  # (b, way, shot + query)
+        chosen = keys.topk(shot + self.query, dim=2, largest=False).indices  # (b, way, shot + query)
         first = self._first[rows[..., None], chosen]
         photos = self._photos[first]
         if self._copies is not None:  # one photo of each group, at random
             copies = self._copies[rows[..., None], chosen]
             offset = (torch.rand(copies.shape, generator=self.generator) * copies).long()
             photos = self._photos[first + offset]
-        return Episodes(self.classes[rows], photos[..., : self.shot], photos[..., self.shot :])
+        return Episodes(self.classes[rows], photos[..., :shot], photos[..., shot:])
 
     def state(self) -> Tensor:
         """uint8; give it to `restore` and the same episodes follow."""
@@ -97,13 +104,13 @@ class EpisodeSampler:
     def restore(self, state: Tensor) -> None:
         self.generator.set_state(state)
 
-    def _draw_classes(self, count: int) -> Tensor:
+    def _draw_classes(self, count: int, way: int) -> Tensor:
         uniform = torch.rand(count, len(self.classes), generator=self.generator)
         if self._log_weights is None:
-            return uniform.topk(self.way, dim=1).indices
+            return uniform.topk(way, dim=1).indices
         # Gumbel top-k: a weighted draw without replacement (Efraimidis and Spirakis 2006)
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-7)))
-        return (self._log_weights + gumbel).topk(self.way, dim=1).indices
+        return (self._log_weights + gumbel).topk(way, dim=1).indices
 
     def _fill_tables(self, units: list[list[list[int]]]) -> None:
         """Photos in one row, a group's side by side; for each class where each group starts and its size."""

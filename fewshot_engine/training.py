@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +25,6 @@ from fewshot_engine import checkpoints
 from fewshot_engine.adaptation import Adapter
 from fewshot_engine.config import ENGINE_VERSION, EpisodeConfig, TrainConfig
 from fewshot_engine.datasets import (
-    ClassSplit,
     EpisodePlan,
     TrainData,
     check_episode,
@@ -33,22 +33,30 @@ from fewshot_engine.datasets import (
     split_for,
 )
 from fewshot_engine.episodes import EpisodeSampler
-from fewshot_engine.errors import CheckpointError, DataError, TrainingDiverged
+from fewshot_engine.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from fewshot_engine.evaluation import Score, episode_accuracies
 from fewshot_engine.networks import Network
-from fewshot_engine.optimisers import AdamW
-from fewshot_engine.recipes import save_model
+from fewshot_engine.optimisers import Average, Optimiser, rate_share
+from fewshot_engine.pretraining import FIRST_SCALE, Pretraining
+from fewshot_engine.recipes import load_model, save_model
 
 CHECKPOINT_EVERY_S = 60.0
 REPORT_EVERY_S = 0.25
-FIRST_SCALE = 10.0  # of the cosines before the softmax; learned from there
 EVALUATION_PHOTOS = 100  # a class at most: more photos of a class cost time and hardly narrow the interval
+DRY_EPISODES = {"adapt": 20, "full": 2}  # for the training loss before there is any training
 EVALUATION_SEED = 1_000_003  # keeps the episodes of evaluation apart from those of training
+
+COUNTERS = ("episode", "best_at", "since_best", "rate_drops", "since_drop")  # of a run, kept in its checkpoint
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Started:
-    """The first report. `baseline` is the backbone before any training, on the episodes that every score uses."""
+    """The first report. `baseline` is the backbone before any training, on the episodes that every score uses.
+
+    Where there are `test_classes`, the final figure comes from them; see `Finished`.
+    """
 
     plan: EpisodePlan
     base_classes: tuple[str, ...]
@@ -57,6 +65,19 @@ class Started:
     baseline: Score
     resumed_at: int
     notes: tuple[str, ...]
+    test_classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """At most four a second, before the first episode; `accuracy` is among all base classes, of training photos."""
+
+    epoch: int
+    epochs: int
+    loss: float
+    accuracy: float
+    photos_per_s: float
+    seconds_left: float
 
 
 @dataclass(frozen=True)
@@ -75,7 +96,8 @@ class Step:
 class Evaluated:
     """Accuracy on the validation classes; `loss` is the mean training loss since the evaluation before.
 
-    Epoch 0 is what *adapt* has from its closed form, before the first episode.
+    Epoch 0 is what there is before the first episode: the closed form of *adapt*, pretrained weights, or the model that
+    the run started from.
     """
 
     epoch: int
@@ -95,16 +117,29 @@ class Saved:
 
 @dataclass(frozen=True)
 class Finished:
-    """`model` is a folder that `recipes.load_model` reads; `recommends` frozen where training did not help."""
+    """`model` is a folder that `recipes.load_model` reads; `recommends` frozen where training did not help.
+
+    Attributes:
+        best: of the evaluations, on the validation classes; marked optimistic where no classes were left for a test.
+        test: of the same checkpoint, on classes that were used for nothing else; None where there are none.
+        baseline, test_baseline: of the backbone before any training, on the same episodes.
+    """
 
     model: Path
     best: Score
     baseline: Score
     recommends: Literal["trained", "frozen"]
     notes: tuple[str, ...]
+    test: Score | None = None
+    test_baseline: Score | None = None
+
+    @property
+    def final(self) -> Score:
+        """The figure to quote."""
+        return self.test or self.best
 
 
-Report = Started | Step | Evaluated | Saved | Finished
+Report = Started | Pretrained | Step | Evaluated | Saved | Finished
 
 
 def meta_train(
@@ -113,6 +148,7 @@ def meta_train(
     *,
     checkpoint: Path,
     resume: Path | None = None,
+    init_from: Path | None = None,
     device: str | None = None,
     threads: int | None = None,
     save_now: Callable[[], bool] = lambda: False,
@@ -124,6 +160,8 @@ def meta_train(
         checkpoint: a file, replaced in one step at each evaluation and at least every minute. The finished model is a
             folder beside it, of the same name with "-model" for its suffix.
         resume: a checkpoint of the same configuration and data to go on from.
+        init_from: the folder of a finished model, of the kind *full*, whose weights the run starts with; they are also
+            what it ends with, unless something better is found.
         device: "cpu", "cuda", …; for *full* a GPU where there is one, for *adapt* the CPU.
         threads: of torch on the CPU, while this runs. *Adapt* takes one unless told: its steps are too small to share,
             and on busy cores two threads that wait for each other were ten times slower than one.
@@ -132,17 +170,50 @@ def meta_train(
 
     Raises:
         ConfigError, DataError: at the first step, before any work, with the numbers.
-        CheckpointError: `resume` is damaged or of another run; or a checkpoint cannot be written.
+        CheckpointError: `resume` or `init_from` is damaged or does not fit; or a checkpoint cannot be written.
         TrainingDiverged: the loss is no number; the last checkpoint is from before.
     """
     checkpoint = Path(checkpoint)
-    with _limited_threads(threads or (1 if config.kind == "adapt" else None)):
+    with _limited_threads(threads or (1 if config.kind == "adapt" else None)), _fastest_convolutions():
         run = _Run(config, data, _chosen_device(config, device))
+        if init_from is not None:
+            run.begin_from(Path(init_from))
         if resume is not None:
             run.restore(Path(resume))
         yield run.started(resumed=resume is not None)
+        yield from _before_episodes(run, checkpoint, save_now, clock)
         yield from _episodes(run, checkpoint, save_now, clock)
         yield run.finish(checkpoint.with_name(checkpoint.stem + "-model"))
+
+
+def _before_episodes(
+    run: _Run, checkpoint: Path, save_now: Callable[[], bool], clock: Callable[[], float]
+) -> Iterator[Report]:
+    """What the run starts with is evaluated where it is worth it; then the class-pretraining stage."""
+    if run.starts_trained and run.best is None:
+        yield run.evaluate()
+        yield run.save(checkpoint)
+    stage = run.pretraining
+    if stage is None or stage.done == stage.steps:
+        return
+    pace = _Pace(stage.done, stage.steps, clock)
+    saved_at = clock()
+    while stage.done < stage.steps:
+        run.pretrain_step()
+        finished = stage.done == stage.steps
+        if finished or pace.is_due():
+            loss, accuracy, photos = run.taken_sums()
+            pace.measure(stage.done)
+            per_step = photos / max(1, pace.since_last)
+            yield Pretrained(
+                stage.epoch, run.config.pretrain_epochs, loss, accuracy, pace.rate * per_step, pace.seconds_left
+            )
+        if finished:
+            yield run.evaluate()
+        if finished or clock() - saved_at >= CHECKPOINT_EVERY_S or save_now():
+            yield run.save(checkpoint)
+            saved_at = clock()
+            pace.pause_over(stage.done)
 
 
 def _episodes(
@@ -150,25 +221,21 @@ def _episodes(
 ) -> Iterator[Report]:
     """The loop: a step, now and then a report, an evaluation, a checkpoint."""
     config = run.config
-    pace = _Pace(run, clock)
+    pace = _Pace(run.episode, config.total_episodes, clock)
     saved_at = clock()
-    if run.learner.starts_trained and run.best is None:
-        yield run.evaluate()
-        yield run.save(checkpoint)
-        pace.pause_over()
-    while run.episode < config.total_episodes:
+    while not run.is_over:
         run.step()
-        at_epoch_end = run.episode % config.episodes_per_epoch == 0
-        finished = run.episode == config.total_episodes
-        evaluate = finished or (at_epoch_end and run.epoch % config.eval_every == 0)
+        evaluate = run.episode == config.total_episodes or run.episode >= run.evaluate_at
         if pace.is_due() or evaluate:
-            yield pace.report()
+            loss, accuracy, _ = run.taken_sums()
+            pace.measure(run.episode)
+            yield Step(run.epoch, run.episode, loss, accuracy, pace.rate, pace.seconds_left)
         if evaluate:
             yield run.evaluate()
         if evaluate or clock() - saved_at >= CHECKPOINT_EVERY_S or save_now():
             yield run.save(checkpoint)
             saved_at = clock()
-            pace.pause_over()
+            pace.pause_over(run.episode)
 
 
 class _Learner(Protocol):
@@ -208,25 +275,50 @@ class _Run:
         self.config, self.data, self.device = config, data, device
         self.fingerprint = data.fingerprint()
         self.split = data.split or split_for(data.counts(), config)
-        self.plan = _plan(data, self.split.base, config.episode)
-        self.validation = _Validation(config, data, self.split)
+        turns = 4 if config.rotations_as_classes else 1
+        self.plan = _plan(data, self.split.base, config.largest_episode, turns)
+        repeats_base = self.split.optimistic or bool(set(self.split.base) & set(self.split.validation))
+        self.validation = _Exam(config, data, self.split.validation, repeats_base=repeats_base)
+        self.test = _Exam(config, data, self.split.test, seed=1) if self.split.test else None
         base = _labels_of(data, self.split.base)
+        labels, groups = _with_turns(base, data.groups, len(data.classes), turns)
         self.sampler = EpisodeSampler(
-            base, episode=self.plan, generator=torch.Generator().manual_seed(config.seed), groups=data.groups
+            labels,
+            episode=self.plan,
+            generator=torch.Generator().manual_seed(config.seed),
+            weights=np.bincount(labels[labels >= 0]).clip(min=1) if config.class_weights == "size" else None,
+            groups=groups,
         )
-        make = Adapter if config.kind == "adapt" else Network
-        self.learner: _Learner = make(config, data, base, self.validation.photos, device)
+        self.network: Network | None = None
+        self.pretraining: Pretraining | None = None
+        self.learner: _Learner
+        if config.kind == "adapt":
+            test_photos = self.test.photos if self.test else torch.zeros(0, dtype=torch.long)
+            self.learner = Adapter(config, data, base, self.validation.photos, test_photos, device)
+        else:
+            self.learner = self.network = Network(config, data, device)
+            if config.pretrain_epochs:
+                self.pretraining = Pretraining(config, self.network, labels, device)
         self.log_scale = torch.tensor(math.log(FIRST_SCALE), device=device, requires_grad=True)
         self.parameters = [*self.learner.parameters(), self.log_scale]
-        self.optimiser = AdamW(config, self.parameters)
+        self.optimiser = Optimiser(config, self.parameters)
+        statistics = self.network.statistics() if self.network else []
+        averaged = [*self.learner.parameters(), *statistics]
+        self.average = Average(averaged, config.ema_decay) if config.ema_decay else None
+        self.init_from: dict[str, Any] | None = None  # card of the model that the run started from
         self.episode = 0
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, accuracy, episodes: since the last Step
+        # Loss and accuracy, each times its weight, and the weights: since the last report
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.since_evaluation = torch.zeros_like(self.sums)
         self.best: Score | None = None
         self.best_at = 0
         self.best_accuracies: NDArray[np.float64] = np.zeros(0)
         self.best_state: dict[str, Tensor] = {}
+        self.since_best = 0  # evaluations
+        self.rate_drops = self.since_drop = 0  # of the plateau, and evaluations since the last or the best
         self.baseline_accuracies: NDArray[np.float64] = np.zeros(0)
+        self.test_baseline_accuracies: NDArray[np.float64] = np.zeros(0)
+        self._plan_next_evaluation()
 
     @property
     def epoch(self) -> int:
@@ -234,31 +326,67 @@ class _Run:
         return math.ceil(self.episode / self.config.episodes_per_epoch)
 
     @property
+    def is_over(self) -> bool:
+        return self.episode >= self.config.total_episodes or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        return 0 < self.config.patience <= self.since_best and self.episode > 0
+
+    @property
+    def starts_trained(self) -> bool:
+        """Worth an evaluation before the first episode, and a candidate for the best."""
+        return self.learner.starts_trained
+
+    @property
     def baseline(self) -> Score:
         return self.validation.score(self.baseline_accuracies)
 
+    def begin_from(self, path: Path) -> None:
+        tensors, card = load_model(path)
+        if self.network is None:
+            raise ConfigError("adapt finds its start in closed form; only full starts from a finished model")
+        self.network.begin_from(tensors, card)
+        self.init_from = {name: card.get(name) for name in ("backbone", "fingerprint", "base_classes", "best")}
+        if self.average is not None:
+            self.average.start_over()
+
     def started(self, *, resumed: bool) -> Started:
         if not resumed:
-            self.baseline_accuracies = self.validation.accuracies(self.learner.embed_frozen)
+            self.baseline_accuracies = self._within_memory(
+                lambda: self.validation.accuracies(self.learner.embed_frozen)
+            )
+            if self.test is not None:
+                exam = self.test
+                self.test_baseline_accuracies = self._within_memory(lambda: exam.accuracies(self.learner.embed_frozen))
         names = self.data.classes
         return Started(
             plan=self.plan,
             base_classes=tuple(names[index] for index in self.split.base),
             validation_classes=tuple(names[index] for index in self.split.validation),
+            test_classes=tuple(names[index] for index in self.split.test),
             chance=self.validation.plan.chance,
             baseline=self.baseline,
             resumed_at=self.episode if resumed else 0,
-            notes=(*self.split.notes, *self.plan.notes, *self.validation.notes),
+            notes=(*self.split.notes, *self.plan.notes, *self.validation.notes, *self._course_notes()),
         )
 
+    def pretrain_step(self) -> None:
+        assert self.pretraining is not None
+        loss, accuracy, photos = self._within_memory(self.pretraining.step)
+        self.sums += torch.stack([loss, accuracy, torch.ones_like(accuracy)]).double() * photos
+
     def step(self) -> None:
-        """One step of the optimiser over the next few episodes, never beyond the end of an epoch."""
+        """One step of the optimiser over the next few episodes, never beyond an epoch or the next evaluation."""
         config = self.config
         left = config.episodes_per_epoch - self.episode % config.episodes_per_epoch
-        count = min(config.episodes_per_step, left)
-        loss, accuracy = self._loss(count)
-        gradients = torch.autograd.grad(loss, self.parameters)
-        self.optimiser.step(gradients, _cosine(self.episode / config.total_episodes))
+        count = min(config.episodes_per_step, left, self.evaluate_at - self.episode)
+        way, shot = self._shape()
+        photos = self.sampler.sample(count, way=way, shot=shot).indices().flatten(1)  # (b, way * (shot + query))
+        loss, accuracy, gradients = self._within_memory(lambda: self._gradients(photos, way, shot))
+        self.optimiser.step(gradients, rate_share(config, self.episode, drops=self.rate_drops))
+        if self.average is not None:
+            self.average.update()
         means = torch.stack([loss.detach(), accuracy, torch.ones_like(accuracy)]).double()
         self.sums += means * count
         self.since_evaluation += means * count
@@ -266,16 +394,29 @@ class _Run:
 
     def evaluate(self) -> Evaluated:
         self._check_finite()
-        accuracies = self.validation.accuracies(self.learner.embed_trained)
-        score = self.validation.score(accuracies)
-        is_best = self.best is None or score.accuracy > self.best.accuracy
-        if is_best:
-            self.best, self.best_at, self.best_accuracies = score, self.episode, accuracies
-            self.best_state = self.learner.state()
+        with self.average.in_place() if self.average is not None else nullcontext():
+            if self.network is not None and self._is_untouched:  # what the run starts with is the baseline
+                accuracies = self.baseline_accuracies
+            else:
+                accuracies = self._within_memory(lambda: self.validation.accuracies(self.learner.embed_trained))
+            score = self.validation.score(accuracies)
+            is_best = self.best is None or score.accuracy > self.best.accuracy
+            if is_best:
+                self.best, self.best_at, self.best_accuracies = score, self.episode, accuracies
+                self.best_state = self.learner.state()
+        self._count_evaluation(is_best=is_best)
         loss_sum, _, count = self.since_evaluation.tolist()
         self.since_evaluation.zero_()
         loss = loss_sum / count if count else self._dry_loss()
         return Evaluated(self.epoch, self.episode, loss, score, is_best)
+
+    def taken_sums(self) -> tuple[float, float, float]:
+        """Mean loss and accuracy since this was last asked, and their weight: episodes, or photos in pretraining."""
+        loss, accuracy, weight = self.sums.tolist()
+        if not math.isfinite(loss):
+            self._check_finite()
+        self.sums.zero_()
+        return loss / weight, accuracy / weight, weight
 
     def save(self, path: Path) -> Saved:
         self._check_finite()
@@ -286,17 +427,20 @@ class _Run:
             "sums": self.sums,
             "since_evaluation": self.since_evaluation,
             "baseline_accuracies": torch.from_numpy(self.baseline_accuracies),
+            "test_baseline_accuracies": torch.from_numpy(self.test_baseline_accuracies),
             "best_accuracies": torch.from_numpy(self.best_accuracies),
-            **{f"learner.{name}": tensor for name, tensor in self.learner.state().items()},
-            **{f"best.{name}": tensor for name, tensor in self.best_state.items()},
-            **self.optimiser.state(),
+            **_above("learner.", self.learner.state()),
+            **_above("best.", self.best_state),
+            **_above("optimiser.", self.optimiser.state()),
+            **_above("average.", self.average.state() if self.average else {}),
+            **_above("pretraining.", self.pretraining.state() if self.pretraining else {}),
         }
         meta = {
             **self._description(),
-            "episode": self.episode,
+            **{name: getattr(self, name) for name in COUNTERS},
             "epoch": self.epoch,
             "best": asdict(self.best) if self.best else None,
-            "best_at": self.best_at,
+            "at_once": self.network.at_once if self.network else None,
         }
         checkpoints.save(path, {name: _to_numpy(tensor) for name, tensor in tensors.items()}, meta)
         return Saved(path, self.episode)
@@ -309,15 +453,24 @@ class _Run:
             self.learner.restore(_below("learner.", tensors))
             self.best_state = {name: tensor.to(self.device) for name, tensor in _below("best.", tensors).items()}
             self.optimiser.restore(_below("optimiser.", tensors))
+            if self.average is not None:
+                self.average.restore(_below("average.", tensors))
+            if self.pretraining is not None:
+                self.pretraining.restore(_below("pretraining.", tensors))
+            if self.network is not None:
+                self.network.at_once = meta["at_once"]
             with torch.no_grad():
                 for name in ("log_scale", "sums", "since_evaluation"):
                     getattr(self, name).copy_(tensors[name])
             self.sampler.restore(tensors["sampler"])
             self.learner.generator.set_state(tensors["augmentation"])
-            self.baseline_accuracies = arrays["baseline_accuracies"]
-            self.best_accuracies = arrays["best_accuracies"]
+            for name in ("baseline_accuracies", "test_baseline_accuracies", "best_accuracies"):
+                setattr(self, name, arrays[name])
+            for name in COUNTERS:
+                setattr(self, name, int(meta[name]))
             self.best = Score(**meta["best"]) if meta["best"] else None
-            self.episode, self.best_at = int(meta["episode"]), int(meta["best_at"])
+            self.init_from = meta["init_from"]
+            self._plan_next_evaluation()
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path.name} does not fit this run: {error}") from error
 
@@ -326,65 +479,110 @@ class _Run:
         recommends: Literal["trained", "frozen"] = (
             "trained" if self.best.accuracy > self.baseline.accuracy else "frozen"
         )
-        notes = self._closing_notes()
+        best = self.best if self.test else replace(self.best, optimistic=True)
+        tested, test_accuracies = None, None
+        if self.test is not None:
+            self.learner.restore(self.best_state)
+            test_accuracies = self.test.accuracies(self.learner.embed_trained)
+            tested = self.test.score(test_accuracies)
+        notes = self._closing_notes(test_accuracies)
         tensors, description = self.learner.model(self.best_state)
         card = {
             **self._description(),
             **description,
-            "best": asdict(self.best),
+            "best": asdict(best),
             "best_at": self.best_at,
+            "test": asdict(tested) if tested else None,
             "recommends": recommends,
             "notes": notes,
         }
         save_model(model, {name: _to_numpy(tensor) for name, tensor in tensors.items()}, card)
-        return Finished(model, self.best, self.baseline, recommends, notes)
+        return Finished(model, best, self.baseline, recommends, notes, tested, self._test_baseline())
 
-    def _closing_notes(self) -> tuple[str, ...]:
+    def _test_baseline(self) -> Score | None:
+        return self.test.score(self.test_baseline_accuracies) if self.test else None
+
+    def _course_notes(self) -> tuple[str, ...]:
+        """What is unusual about the episodes, in a sentence each."""
+        config, notes = self.config, []
+        if config.curriculum is not None:
+            notes.append(f"Curriculum, by share of the episodes: {config.curriculum}.")
+        if config.vary is not None:
+            notes.append(f"Each step draws {config.vary}.")
+        if config.class_weights == "size":
+            notes.append("Classes are drawn in proportion to their photos.")
+        if config.rotations_as_classes:
+            n = len(self.split.base)
+            notes.append(f"{n} base classes, turned by 90, 180 and 270 degrees, count as {4 * n}.")
+        memory = self.network.memory_note() if self.network else None
+        return (*notes, memory) if memory else tuple(notes)
+
+    def _closing_notes(self, test_accuracies: NDArray[np.float64] | None) -> tuple[str, ...]:
         assert self.best is not None
-        gain = self.best_accuracies - self.baseline_accuracies  # the same episodes: a paired comparison
-        mean, margin = Score.of(gain, self.validation.plan).accuracy, Score.of(gain, self.validation.plan).ci95
+        # The same episodes before and after: a paired comparison
+        if test_accuracies is None:
+            gain, where = self.best_accuracies - self.baseline_accuracies, "validation"
+        else:
+            gain, where = test_accuracies - self.test_baseline_accuracies, "test"
+        paired = Score.of(gain, self.validation.plan)
+        mean, margin = 100 * paired.accuracy, 100 * paired.ci95
         if mean > margin:
-            verdict = f"Training gained {100 * mean:.1f} ± {100 * margin:.1f} points on the validation classes."
+            verdict = f"Training gained {mean:.1f} ± {margin:.1f} points on the {where} classes."
         elif mean > 0:
-            verdict = f"The gain of {100 * mean:.1f} ± {100 * margin:.1f} points is within the noise."
+            verdict = f"The gain of {mean:.1f} ± {margin:.1f} points on the {where} classes is within the noise."
         else:
             verdict = (
-                f"Training gained nothing ({100 * mean:+.1f} ± {100 * margin:.1f} points): keep the frozen backbone."
+                f"Training gained nothing on the {where} classes ({mean:+.1f} ± {margin:.1f} points): keep the frozen "
+                "backbone."
             )
-        if self.learner.starts_trained:
-            best = "the closed form" if self.best_at == 0 else f"the closed form refined by {self.best_at:,} episodes"
-        else:
-            best = f"the network after {self.best_at:,} episodes"
-        choice = f"Best on the validation classes: {best}; being the best of several, its figure flatters a little."
-        return (verdict, choice, *self.split.notes)
+        choice = f"Best on the validation classes: {self._best_name()}."
+        if test_accuracies is None:
+            choice = f"{choice[:-1]}; being the best of several, its figure flatters a little."
+        notes = [verdict, choice]
+        if self.stopped_early:
+            notes.append(
+                f"Stopped early, after {self.episode:,} of {self.config.total_episodes:,} episodes: "
+                f"{self.since_best} evaluations without a better one."
+            )
+        memory = self.network.memory_note() if self.network else None
+        return (*notes, *([memory] if memory else []), *self.split.notes)
+
+    def _best_name(self) -> str:
+        if self.network is None:
+            return "the closed form" if self.best_at == 0 else f"the closed form refined by {self.best_at:,} episodes"
+        return (
+            "the network before the first episode"
+            if self.best_at == 0
+            else (f"the network after {self.best_at:,} episodes")
+        )
 
     def _description(self) -> dict[str, Any]:
-        names = self.data.classes
+        test_baseline = self._test_baseline()
         return {
             "kind": self.config.kind,
-            "config": self.config.to_dict(),
-            "fingerprint": self.fingerprint,
+            **self._identity(),
             "versions": {"engine": ENGINE_VERSION, "torch": torch.__version__},
-            "base_classes": [names[index] for index in self.split.base],
-            "validation_classes": [names[index] for index in self.split.validation],
+            "init_from": self.init_from,
             "chance": self.validation.plan.chance,
             "baseline": asdict(self.baseline),
+            "test_baseline": asdict(test_baseline) if test_baseline else None,
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be of this run."""
+        names = self.data.classes
+        return {
+            "config": self.config.to_dict(),
+            "fingerprint": self.fingerprint,
+            "base_classes": [names[index] for index in self.split.base],
+            "validation_classes": [names[index] for index in self.split.validation],
+            "test_classes": [names[index] for index in self.split.test],
         }
 
     def _check_same_run(self, path: Path, meta: dict[str, Any]) -> None:
-        wanted = self._wanted()
-        for name, value in wanted.items():
+        for name, value in self._identity().items():
             if meta.get(name) != value:
                 raise CheckpointError(f"{path.name} is from another run: its {name.replace('_', ' ')} differ")
-
-    def _wanted(self) -> dict[str, Any]:
-        names = self.data.classes
-        return {
-            "config": self.config.to_dict(),
-            "fingerprint": self.fingerprint,
-            "base_classes": [names[index] for index in self.split.base],
-            "validation_classes": [names[index] for index in self.split.validation],
-        }
 
     def _check_finite(self) -> None:
         """Before anything is kept: a loss or a weight that is no number must not replace a good checkpoint."""
@@ -395,22 +593,84 @@ class _Run:
                 f"{self.config.learning_rate:g}); the last good checkpoint is kept. Try a smaller learning rate."
             )
 
-    def _loss(self, count: int) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy of the next `count` episodes."""
-        photos = self.sampler.sample(count).indices().flatten(1)  # (b, way * (shot + query))
-        cosines = self.learner.cosines(photos)
-        return prototypical_loss(cosines, way=self.plan.way, shot=self.plan.shot, scale=self.log_scale.exp())
+    @property
+    def _is_untouched(self) -> bool:
+        return self.episode == 0 and (self.pretraining is None or self.pretraining.done == 0)
+
+    def _shape(self) -> tuple[int, int]:
+        """Ways and shots of the next step's episodes; drawn by the sampler's generator where they vary."""
+        if self.config.curriculum is not None:
+            stage = self.config.curriculum.at(self.episode / self.config.total_episodes)
+            return stage.way, stage.shot
+        if self.config.vary is not None:
+            (least, most), (fewest, largest) = self.config.vary.ways, self.config.vary.shots
+            generator = self.sampler.generator
+            way = torch.randint(least, most + 1, (), generator=generator)
+            return int(way), int(torch.randint(fewest, largest + 1, (), generator=generator))
+        return self.plan.way, self.plan.shot
+
+    def _gradients(self, photos: Tensor, way: int, shot: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        loss, accuracy = self._loss(photos, way, shot)
+        return loss, accuracy, torch.autograd.grad(loss, self.parameters)
+
+    def _loss(self, photos: Tensor, way: int, shot: int) -> tuple[Tensor, Tensor]:
+        return prototypical_loss(
+            self.learner.cosines(photos),
+            way=way,
+            shot=shot,
+            scale=self.log_scale.exp(),
+            label_smoothing=self.config.label_smoothing,
+        )
 
     @torch.no_grad()
     def _dry_loss(self) -> float:
-        """The loss on a few training episodes, without learning from them and without touching the sampler."""
-        state = self.sampler.state()
-        loss, _ = self._loss(20)
-        self.sampler.restore(state)
-        return float(loss)
+        """The loss on a few training episodes, without learning from them and without touching any generator."""
+        sampler, augmentation = self.sampler.state(), self.learner.generator.get_state()
+        statistics = [tensor.clone() for tensor in self.network.statistics()] if self.network else []
+        way, shot = self._shape()
+        photos = self.sampler.sample(DRY_EPISODES[self.config.kind], way=way, shot=shot).indices().flatten(1)
+        losses = [float(self._within_memory(partial(self._loss, episode, way, shot))[0]) for episode in photos.split(1)]
+        if self.network is not None:
+            torch._foreach_copy_(self.network.statistics(), statistics)
+        self.sampler.restore(sampler)
+        self.learner.generator.set_state(augmentation)
+        return sum(losses) / len(losses)
+
+    def _within_memory(self, work: Callable[[], T]) -> T:
+        """`work()`, in smaller portions from the moment that the device runs out of memory."""
+        while True:
+            before = self.learner.generator.get_state()
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if self.network is None or self.network.back_off() is None:
+                    raise
+            # Outside of the handler, where nothing holds the failed attempt's tensors any more
+            self.learner.generator.set_state(before)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _count_evaluation(self, *, is_best: bool) -> None:
+        """For early stopping and the plateau of the learning rate; and plan the next evaluation."""
+        self._plan_next_evaluation()
+        if is_best:
+            self.since_best = self.since_drop = 0
+        elif self.episode > 0:
+            self.since_best += 1
+            self.since_drop += 1
+        if self.config.schedule == "plateau" and self.since_drop >= self.config.rate_patience:
+            self.rate_drops += 1
+            self.since_drop = 0
+
+    def _plan_next_evaluation(self) -> None:
+        config = self.config
+        every = config.eval_every_episodes or config.eval_every * config.episodes_per_epoch
+        self.evaluate_at = min(config.total_episodes, (self.episode // every + 1) * every)
 
 
-def prototypical_loss(cosines: Tensor, *, way: int, shot: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+def prototypical_loss(
+    cosines: Tensor, *, way: int, shot: int, scale: Tensor, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the query images over `scale` times their cosines to the prototypes.
 
     A prototype is the mean of its class's normalised support embeddings, so both its product with a query and its own
@@ -421,6 +681,7 @@ def prototypical_loss(cosines: Tensor, *, way: int, shot: int, scale: Tensor) ->
     Args:
         cosines: (b, p, p) between the p = way x (shot + query) photos of an episode, class by class, support first.
         scale: scalar, above 0.
+        label_smoothing: the share of the truth that is spread evenly over all ways (Szegedy et al. 2016).
 
     Returns:
         Loss and accuracy, means over all query images.
@@ -434,15 +695,24 @@ def prototypical_loss(cosines: Tensor, *, way: int, shot: int, scale: Tensor) ->
     logits = scale * products / lengths[:, None, None]
     truth = torch.arange(way, device=logits.device).view(1, way, 1).expand(logits.shape[:3])
     accuracy = (logits.detach().argmax(dim=3) == truth).float().mean()
-    return F.cross_entropy(logits.flatten(0, 2), truth.flatten()), accuracy
+    loss = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), label_smoothing=label_smoothing)
+    return loss, accuracy
 
 
-class _Validation:
-    """The episodes that every score of a run is made on: the same ones, so that scores can be compared in pairs."""
+class _Exam:
+    """Episodes of held-out classes that every score is made on: the same ones, so that scores compare in pairs."""
 
-    def __init__(self, config: TrainConfig, data: TrainData, split: ClassSplit) -> None:
-        labels = _thinned(_labels_of(data, split.validation), config.seed)
-        counts = {data.classes[index]: 0 for index in split.validation}
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: TrainData,
+        classes: tuple[int, ...],
+        *,
+        seed: int = 0,
+        repeats_base: bool = False,
+    ) -> None:
+        labels = _thinned(_labels_of(data, classes), config.seed)
+        counts = {data.classes[index]: 0 for index in classes}
         counts |= {
             name: count
             for name, count in count_photos(data.classes, *_only(labels, data.groups)).items()
@@ -457,8 +727,8 @@ class _Validation:
         way = min(config.episode.way, large)
         self.plan = check_episode(counts, replace(config.episode, way=way))
         self.notes = tuple(f"Validation: {note}" for note in self.plan.notes)
-        self.optimistic = split.optimistic or bool(set(split.base) & set(split.validation))
-        self.seed, self.episodes = config.seed + EVALUATION_SEED, config.eval_episodes
+        self.optimistic = repeats_base
+        self.seed, self.episodes = config.seed + EVALUATION_SEED + seed, config.eval_episodes
         self.photos = torch.from_numpy(np.flatnonzero(labels >= 0))
         self.labels, self.groups = _only(labels, data.groups)
 
@@ -473,37 +743,51 @@ class _Validation:
 
 
 class _Pace:
-    """When the next Step is due, and what it says."""
+    """How fast it goes, and whether the next report is due; pauses for evaluations and checkpoints do not count."""
 
-    def __init__(self, run: _Run, clock: Callable[[], float]) -> None:
-        self.run, self.clock = run, clock
-        self.since, self.episode = clock(), run.episode
+    def __init__(self, done: int, total: int, clock: Callable[[], float]) -> None:
+        self.done, self.total, self.clock = done, total, clock
+        self.since = clock()
         self.reported_at = -math.inf
-        self.rate = 0.0
+        self.rate = 0.0  # a second
+        self.since_last = 0
 
     def is_due(self) -> bool:
         return self.clock() - self.reported_at >= REPORT_EVERY_S
 
-    def report(self) -> Step:
-        run, now = self.run, self.clock()
-        current = (run.episode - self.episode) / max(now - self.since, 1e-9)
+    def measure(self, done: int) -> None:
+        now = self.clock()
+        self.since_last = done - self.done
+        current = self.since_last / max(now - self.since, 1e-9)
         self.rate = 0.7 * self.rate + 0.3 * current if self.rate else current
-        self.since, self.episode, self.reported_at = now, run.episode, now
-        loss, accuracy, count = run.sums.tolist()
-        if not math.isfinite(loss):
-            run._check_finite()
-        run.sums.zero_()
-        left = (run.config.total_episodes - run.episode) / max(self.rate, 1e-9)
-        return Step(run.epoch, run.episode, loss / count, accuracy / count, self.rate, left)
+        self.since, self.done, self.reported_at = now, done, now
 
-    def pause_over(self) -> None:
-        """Evaluations and checkpoints do not count as training."""
-        self.since, self.episode = self.clock(), self.run.episode
+    @property
+    def seconds_left(self) -> float:
+        return (self.total - self.done) / max(self.rate, 1e-9)
+
+    def pause_over(self, done: int) -> None:
+        self.since, self.done = self.clock(), done
 
 
-def _plan(data: TrainData, classes: tuple[int, ...], episode: EpisodeConfig) -> EpisodePlan:
+def _plan(data: TrainData, classes: tuple[int, ...], episode: EpisodeConfig, turns: int) -> EpisodePlan:
+    """What episodes of these classes can be, each of which counts `turns` times."""
     counts = data.counts()
-    return check_episode({data.classes[index]: counts[data.classes[index]] for index in classes}, episode)
+    needed = replace(episode, way=max(2, math.ceil(episode.way / turns)))
+    plan = check_episode({data.classes[index]: counts[data.classes[index]] for index in classes}, needed)
+    return replace(plan, way=episode.way)
+
+
+def _with_turns(
+    labels: NDArray[np.int64], groups: NDArray[np.int64] | None, n_classes: int, turns: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+    """Labels and groups of each photo, then of each photo turned once, twice, three times, as classes of their own."""
+    shifts = np.repeat(np.arange(turns, dtype=np.int64), len(labels))
+    repeated = np.tile(labels, turns)
+    turned = np.where(repeated >= 0, repeated + n_classes * shifts, -1)
+    if groups is None:
+        return turned, None
+    return turned, np.tile(groups, turns) + (int(groups.max()) + 1) * shifts
 
 
 def _labels_of(data: TrainData, classes: tuple[int, ...]) -> NDArray[np.int64]:
@@ -532,6 +816,10 @@ def _only(
     return labels[kept], None if groups is None else groups[kept]
 
 
+def _above(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
@@ -547,11 +835,6 @@ def _chosen_device(config: TrainConfig, device: str | None) -> torch.device:
     return torch.device("cuda" if config.kind == "full" and torch.cuda.is_available() else "cpu")
 
 
-def _cosine(progress: float) -> float:
-    """1 at the start, 0 at the end (Loshchilov and Hutter 2017)."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
 @contextmanager
 def _limited_threads(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -561,3 +844,14 @@ def _limited_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _fastest_convolutions() -> Iterator[None]:
+    """Let cuDNN try its algorithms on the shapes at hand; a run has few of them and meets them often."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

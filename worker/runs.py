@@ -20,6 +20,7 @@ from fewshot_engine.errors import DataError
 from fewshot_engine.training import (
     Evaluated,
     Finished,
+    Pretrained,
     Report,
     Saved,
     Started,
@@ -116,11 +117,16 @@ def _keep(lease: Lease, run: TrainingRun, item: Report) -> None:
             **asdict(item.plan),
             "base_classes": list(item.base_classes),
             "validation_classes": list(item.validation_classes),
+            "test_classes": list(item.test_classes),
             "chance": item.chance,
         }
         save_start(
             lease.claim, run, plan=plan, baseline=asdict(item.baseline), notes=item.notes, resumed_at=item.resumed_at
         )
+    elif isinstance(item, Pretrained):
+        words = {"epoch": item.epoch, "epochs": item.epochs, "accuracy": 100 * item.accuracy}
+        message = _("Learning the base classes: epoch %(epoch)d of %(epochs)d, %(accuracy).0f %% right") % words
+        report(lease.claim, "preparing", changes={"message": message}, done=item.epoch, total=item.epochs)
     elif isinstance(item, Step):
         event = asdict(item)
         episode = event.pop("episode")
@@ -141,6 +147,8 @@ def _keep_finished(lease: Lease, run: TrainingRun, item: Finished) -> None:
     event: dict[str, Any] = {
         "best": asdict(item.best),
         "baseline": asdict(item.baseline),
+        "test": asdict(item.test) if item.test else None,
+        "test_baseline": asdict(item.test_baseline) if item.test_baseline else None,
         "recommends": item.recommends,
         "notes": list(item.notes),
     }

@@ -6,12 +6,10 @@ import torch
 
 from fewshot_engine import checkpoints, training
 from fewshot_engine.adaptation import closed_form, principal_directions
-from fewshot_engine.config import EpisodeConfig, TrainConfig
+from fewshot_engine.config import Augmentation, EpisodeConfig, TrainConfig
 from fewshot_engine.datasets import ClassSplit, TrainData
 from fewshot_engine.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from fewshot_engine.evaluation import evaluate
-from fewshot_engine.networks import augment
-from fewshot_engine.optimisers import AdamW
 from fewshot_engine.recipes import apply_recipe, load_model
 from fewshot_engine.training import (
     Evaluated,
@@ -35,7 +33,7 @@ FULL = TrainConfig(
     epochs=2,
     episodes_per_epoch=6,
     eval_episodes=60,
-    flips=False,
+    augmentation=Augmentation(flips=False),
 )
 
 
@@ -323,39 +321,3 @@ def test_the_cosines_of_an_adapter_are_those_of_its_embeddings():
     assert torch.allclose(run.learner.cosines(photos), z @ z.mT, atol=1e-5)
 
 
-def slow_adamw(values, gradients, *, rate, decay):
-    """Algorithm 2 of Loshchilov and Hutter 2019, number by number."""
-    for i in range(len(values)):
-        moment = square = 0.0
-        for step, gradient in enumerate(gradients[:, i], start=1):
-            moment = 0.9 * moment + 0.1 * gradient
-            square = 0.999 * square + 0.001 * gradient**2
-            values[i] -= rate * decay * values[i]
-            values[i] -= rate * (moment / (1 - 0.9**step)) / ((square / (1 - 0.999**step)) ** 0.5 + 1e-8)
-    return values
-
-
-def test_the_optimiser_is_adamw():
-    config = TrainConfig(**{**FULL.__dict__, "learning_rate": 1e-3})
-    rng = np.random.default_rng(0)
-    start, gradients = rng.standard_normal(7), rng.standard_normal((5, 7))
-    parameters = [torch.tensor(start[:6]).view(2, 3), torch.tensor(start[6])]
-    optimiser = AdamW(config, parameters)
-    for row in torch.tensor(gradients):
-        optimiser.step((row[:6].view(2, 3), row[6]), 1.0)
-    weights = slow_adamw(start[:6].copy(), gradients[:, :6], rate=1e-3, decay=5e-4)
-    assert parameters[0].flatten().numpy() == pytest.approx(weights)
-    scale = slow_adamw(start[6:].copy(), gradients[:, 6:], rate=1e-2, decay=0.0)  # ten times as fast, never pulled
-    assert float(parameters[1]) == pytest.approx(scale[0])
-
-
-def test_augmentation_mirrors_only_when_it_may():
-    picture = torch.zeros(64, 3, 16, 16)
-    picture[..., :8] = 1  # the left half is bright
-    generator = torch.Generator().manual_seed(0)
-    kept = augment(picture, generator, flips=False)
-    assert kept.shape == picture.shape
-    assert (kept[..., :4].mean(dim=(1, 2, 3)) > 0.8).all()
-    mirrored = augment(picture, generator, flips=True)
-    share = (mirrored[..., :4].mean(dim=(1, 2, 3)) < 0.2).float().mean()
-    assert 0.3 < share < 0.7

@@ -14,7 +14,7 @@ from fewshot_engine.errors import ConfigError
 from webapp.training.models import ACCURATE, DEFAULT_ENCODER, FAST
 
 TYPICAL_RATE = {"adapt": 1e-4, "full": 1e-3}
-TYPICAL = TrainConfig()
+TYPICAL = TrainConfig(kind="full")  # the specification's values; the rate alone depends on the kind
 KINDS = (("adapt", _("Adapt")), ("full", _("Full")))
 BACKBONE_NAMES = {
     ACCURATE: _("Accurate: EfficientNet-Lite0, -Lite1 and -Lite2"),
