@@ -22,17 +22,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fewshot_engine.backbones import BACKBONES, Backbone, get_backbone
+from fewshot_engine.backbones import BACKBONES, EXTRA_PREFIXES, Backbone, Resampling, get_backbone
 from fewshot_engine.config import ENCODERS, ENGINE_VERSION
 from fewshot_engine.errors import CheckpointError, ConfigError, EngineError, ImageRefused, WeightsMissing
 from fewshot_engine.images import decode
 from fewshot_engine.prototypes import l2_normalise
+from fewshot_engine.weights import sha256_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +66,7 @@ class Square:
     across: float = 0.5
     down: float = 0.5
     mirrored: bool = False
-    resampling: Literal["bilinear", "bicubic"] = "bilinear"
+    resampling: Resampling = "bilinear"
 
     def cut(self, image: Image.Image) -> UInt8Array:
         """(size, size, 3) of an image of mode RGB."""
@@ -372,7 +374,14 @@ class _Member:
         return self.backbone.dim(self.image_size)
 
     def squares(self, views: Sequence[_View]) -> list[Square]:
-        return [Square(self.image_size, view.share, view.across, view.down, view.mirrored) for view in views]
+        """What it is shown: as its pretrained weights were tested; a model trained here sees what training cut out."""
+        if self.checkpoint is not None:
+            return [Square(self.image_size, view.share, view.across, view.down, view.mirrored) for view in views]
+        crop, resampling = self.backbone.crop, self.backbone.resampling
+        return [
+            Square(self.image_size, crop * view.share, view.across, view.down, view.mirrored, resampling)
+            for view in views
+        ]
 
     def build(self) -> nn.Module:
         if self.checkpoint is None:
@@ -412,16 +421,9 @@ class _Member:
 
     def _cache_name(self) -> str:
         digest = hashlib.sha256(f"{ENGINE_VERSION} {self.backbone.name} {self.image_size} ".encode())
-        with open(self._weights_file(), "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-        return f"{self.backbone.name}-{self.image_size}-{digest.hexdigest()[:16]}.onnx"
-
-    def _weights_file(self) -> Path:
-        if self.checkpoint is not None:
-            return self.checkpoint / "model.safetensors"
-        if self.backbone.weights is None:
-            raise ConfigError(f"{self.source} has no weights of its own: train it first, then name the checkpoint")
-        return self.backbone.weights()
+        file = self.checkpoint / "model.safetensors" if self.checkpoint is not None else self.backbone.weights()
+        digest.update(bytes.fromhex(sha256_of(file)))
+        return f"{quote(self.backbone.name, safe='')}-{self.image_size}-{digest.hexdigest()[:16]}.onnx"
 
 
 _export_lock = threading.Lock()  # torch's exporter keeps its state in globals; other processes have their own
@@ -439,7 +441,7 @@ class _Plan:
 def _plan(name_or_checkpoint: str) -> _Plan:
     if name_or_checkpoint in ENCODERS:
         return _Plan(name_or_checkpoint, tuple(map(_pretrained, ENCODERS[name_or_checkpoint])))
-    if name_or_checkpoint in BACKBONES:
+    if name_or_checkpoint in BACKBONES or name_or_checkpoint.startswith(EXTRA_PREFIXES):
         return _Plan(name_or_checkpoint, (_pretrained(name_or_checkpoint),))
     folder = Path(name_or_checkpoint)
     if not folder.is_dir():
