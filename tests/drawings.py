@@ -1,13 +1,17 @@
-"""Drawn fruit: photos enough for the journeys and for the picture in the README, where no real ones may be used."""
+"""Drawn fruit and made-up letters: photos enough for the journeys, and for the picture in the README.
+
+Real ones may not enter the repository, and the journeys have to work without them.
+"""
 
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 FRUIT = ("Apple", "Lemon", "Pear", "Plum", "Orange")
 SKINS = {
@@ -101,3 +105,28 @@ def _outline(kind: str, angle: Floats) -> Floats:
 
 def _turned(x: Floats, y: Floats, angle: float) -> tuple[Floats, Floats]:
     return x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
+
+
+def glyph(alphabet: int, character: int, hand: int, *, size: int = 105) -> bytes:
+    """A PNG of a made-up character: three strokes that belong to it, drawn by one of several unsteady hands."""
+    strokes = np.random.default_rng([alphabet, character]).uniform(0.15, 0.85, (3, 3, 2))
+    shaky = strokes + np.random.default_rng([alphabet, character, hand]).normal(0, 0.025, strokes.shape)
+    image = Image.new("L", (size, size), 255)
+    draw = ImageDraw.Draw(image)
+    for stroke in shaky * size:
+        draw.line([(float(x), float(y)) for x, y in stroke], fill=0, width=4, joint="curve")
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def alphabets_zip(alphabets: int = 2, characters: int = 5, hands: int = 6) -> bytes:
+    """A zip as of Omniglot: a root, a folder an alphabet, in it one a character."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for a in range(alphabets):
+            for c in range(characters):
+                for h in range(hands):
+                    name = f"drawings/Alphabet {a + 1}/character{c + 1:02}/{h + 1:02}.png"
+                    archive.writestr(name, glyph(a, c, h))
+    return out.getvalue()

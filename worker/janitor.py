@@ -1,4 +1,7 @@
-"""Once a day: files that nothing speaks of. What killed processes left half written, zips whose upload was given up."""
+"""What is to go, goes: things that were put away long enough, and once a day the files that nothing speaks of.
+
+Those are what killed processes left half written, zips whose upload was given up, photos that nothing shows any more.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,11 @@ from django.core.files.storage import default_storage
 from django.db import DatabaseError, close_old_connections
 from django.utils import timezone
 
+from webapp import trash
 from webapp.library.models import Import
 
-EVERY_S = 24 * 3600
+LOOK_EVERY_S = 60
+SWEEP_EVERY_S = 24 * 3600
 PART_AGE_S = 24 * 3600  # no write takes so long
 UPLOAD_AGE = timedelta(days=14)  # after which an unfinished zip will not be gone on with
 
@@ -28,7 +33,7 @@ def start() -> None:
 
 def sweep() -> int:
     """Remove leftovers; returns how many files went."""
-    return _sweep_parts(Path(settings.MEDIA_ROOT)) + _sweep_archives()
+    return _sweep_parts(Path(settings.MEDIA_ROOT)) + _sweep_archives() + trash.delete_orphans()
 
 
 def _sweep_parts(root: Path) -> int:
@@ -59,11 +64,16 @@ def _sweep_archives() -> int:
 
 
 def _sweep_forever() -> None:
+    swept = -float(SWEEP_EVERY_S)
     while True:
         try:
-            if gone := sweep():
-                log.info("removed %d leftover files", gone)
+            if gone := trash.delete_due():
+                log.info("deleted %d things for good that were put away", gone)
+            if time.monotonic() - swept >= SWEEP_EVERY_S:
+                swept = time.monotonic()
+                if gone := sweep():
+                    log.info("removed %d leftover files", gone)
         except (DatabaseError, OSError) as error:
             log.warning("the janitor could not finish: %s", error)
         close_old_connections()
-        time.sleep(EVERY_S)
+        time.sleep(LOOK_EVERY_S)

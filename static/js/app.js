@@ -141,7 +141,10 @@ export function setTheme(theme) {
 
 export function openDialog(id) {
   const dialog = document.getElementById(id);
-  if (dialog && !dialog.open) dialog.showModal();
+  if (!dialog || dialog.open) return dialog;
+  dialog.showModal();
+  // The browser would choose the first thing that takes the focus, and that is the button that closes it.
+  if (!dialog.querySelector("[autofocus]")) dialog.querySelector("input:not([type=hidden], [type=radio], [type=file]), select")?.focus();
   return dialog;
 }
 

@@ -17,6 +17,7 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 
 from tests import factories
+from webapp import trash
 from webapp.accounts.models import User
 from webapp.jobs.models import Job
 from webapp.jobs.services import claim
@@ -381,7 +382,7 @@ def test_without_the_token_nothing_is_taken(doors: list[tuple[str, str]], owner:
 
 
 def test_a_collection_put_away_takes_nothing(doors: list[tuple[str, str]], owner_client: Client) -> None:
-    services.set_deleted(Collection.objects.get(), deleted=True)
+    trash.put_away(Collection.objects.get())
     for method, url in doors:
         assert call(owner_client, method, url).status_code == 404, url
 

@@ -90,7 +90,8 @@ class Example(models.Model):
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
     label = models.ForeignKey(Label, on_delete=models.CASCADE, related_name="examples")
-    photo = models.ForeignKey(Photo, on_delete=models.CASCADE, related_name="examples")
+    photo = models.ForeignKey(Photo, on_delete=models.SET_NULL, null=True, related_name="examples")
+    gap = models.CharField(max_length=255, blank=True, help_text="the name of a photo that was deleted for good")
     from_version = models.PositiveIntegerField()
     to_version = models.PositiveIntegerField(null=True, blank=True)
     created = models.DateTimeField(auto_now_add=True)
@@ -99,7 +100,12 @@ class Example(models.Model):
 
     class Meta:
         constraints = [
-            models.UniqueConstraint(fields=["label", "photo"], condition=Q(to_version=None), name="one_example_a_photo")
+            models.UniqueConstraint(
+                fields=["label", "photo"], condition=Q(to_version=None), name="one_example_a_photo"
+            ),
+            models.CheckConstraint(
+                condition=Q(photo__isnull=False) | Q(to_version__isnull=False), name="current_examples_have_photos"
+            ),
         ]
         ordering = ["created"]
 

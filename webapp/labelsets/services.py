@@ -66,11 +66,6 @@ def rename_label_set(label_set: LabelSet, name: str) -> None:
     LabelSet.objects.filter(pk=label_set.pk).update(name=name)
 
 
-def set_deleted(label_set: LabelSet, *, deleted: bool) -> None:
-    """Put a label set away, or bring it back."""
-    LabelSet.objects.filter(pk=label_set.pk).update(deleted_at=timezone.now() if deleted else None)
-
-
 def use_model(label_set: LabelSet, model: Model) -> None:
     """Put the label set on another model; its prototypes and open batches follow."""
 
@@ -156,6 +151,8 @@ def remove_example(example: Example) -> None:
 
 
 def restore_example(example: Example) -> None:
+    if example.photo is None:
+        raise LabelSetError(_("The photo “%(name)s” was deleted for good.") % {"name": example.gap})
     add_examples(example.label, [example.photo])
 
 

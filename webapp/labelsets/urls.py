@@ -13,6 +13,7 @@ urlpatterns = [
     path("label-sets/<uuid:pk>/rename/", views.rename, name="rename"),
     path("label-sets/<uuid:pk>/delete/", views.delete, name="delete"),
     path("label-sets/<uuid:pk>/restore/", views.restore, name="restore"),
+    path("label-sets/<uuid:pk>/delete-for-good/", views.delete_for_good, name="delete-for-good"),
     path("label-sets/<uuid:pk>/model/", views.use_model, name="use-model"),
     path("label-sets/<uuid:pk>/threshold/", views.threshold, name="threshold"),
     path("label-sets/<uuid:pk>/labels/new/", views.add_label, name="add-label"),

@@ -23,6 +23,7 @@ from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 from django.views.decorators.http import require_GET, require_POST, require_safe
 
+from webapp import trash
 from webapp.jobs.services import wake
 from webapp.labelsets import cards, exports, services
 from webapp.labelsets.forms import MOST_TOP_K, CreateForm, NameForm, ThresholdForm, TopKForm, checked
@@ -82,6 +83,7 @@ def label_sets(request: HttpRequest) -> HttpResponse:
         "covers": cards.read_covers(list(page.object_list)),
         "form": CreateForm(user=person(request), auto_id="new-%s"),
         "models": Model.objects.usable_by(person(request)).built_in_first(),
+        "put_away": trash.put_away_label_sets(person(request)),
     }
     return render(request, "labelsets/list.html", context)
 
@@ -170,16 +172,26 @@ def rename(request: HttpRequest, pk: UUID) -> HttpResponse:
 @gesture
 def delete(request: HttpRequest, pk: UUID) -> HttpResponse:
     one = _own_set(request, pk)
-    services.set_deleted(one, deleted=True)
-    message = _("“%(name)s” was deleted.") % {"name": one.name}
+    trash.put_away(one)
+    message = _("“%(name)s” is put away.") % {"name": one.name}
     return _done(request, reverse("labelsets:list"), message, undo=reverse("labelsets:restore", args=[pk]))
 
 
 @gesture
 def restore(request: HttpRequest, pk: UUID) -> HttpResponse:
     one = get_object_or_404(LabelSet, pk=pk, owner=person(request))
-    services.set_deleted(one, deleted=False)
+    if not trash.bring_back(one):
+        raise LabelSetError(_("It is too late: “%(name)s” is being deleted.") % {"name": one.name})
     return _done(request, one.get_absolute_url(), _("“%(name)s” is back.") % {"name": one.name})
+
+
+@gesture
+def delete_for_good(request: HttpRequest, pk: UUID) -> HttpResponse:
+    """Of what is put away alone; it is done in a moment, until when it can be undone."""
+    one = get_object_or_404(LabelSet, pk=pk, owner=person(request), deleted_at__isnull=False)
+    trash.delete_soon(one)
+    undo = reverse("labelsets:restore", args=[pk])
+    return _done(request, reverse("labelsets:list"), trash.said_of(one), undo=undo)
 
 
 @gesture

@@ -103,7 +103,7 @@ class Blob(models.Model):
     width = models.PositiveIntegerField(default=0)
     height = models.PositiveIntegerField(default=0)
     captured_at = models.DateTimeField(null=True, blank=True)
-    created = models.DateTimeField(auto_now_add=True)
+    created = models.DateTimeField(auto_now_add=True, help_text="when its bytes last came")
 
     class Meta:
         constraints = [models.UniqueConstraint(fields=["owner", "sha256"], name="one_blob_a_content")]

@@ -1,6 +1,7 @@
 """Taking photos in: a manifest says what is there, each file comes in one idempotent PUT, a worker looks at them.
 
-Blobs come first and rows after: a row never speaks of bytes that are not on the disk.
+Bytes come first and rows after: no row that is committed speaks of bytes that are not on the disk. The name is given
+inside the row's transaction, for what was orphaned may be being deleted meanwhile (webapp/trash.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from django.core.files.storage import default_storage
 from django.core.files.uploadedfile import UploadedFile
 from django.db import transaction
 from django.db.models import Max
-from django.utils import timezone
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
@@ -74,11 +74,6 @@ def create_collection(
 
 def rename_collection(collection: Collection, name: str) -> None:
     Collection.objects.filter(pk=collection.pk).update(name=" ".join(name.split())[:120])
-
-
-def set_deleted(collection: Collection, *, deleted: bool) -> None:
-    """Put a collection away, or bring it back; its photos stay where label sets use them."""
-    Collection.objects.filter(pk=collection.pk).update(deleted_at=timezone.now() if deleted else None)
 
 
 def open_import(
@@ -147,15 +142,13 @@ def store_photo(file: ImportFile, chunks: Iterable[bytes]) -> ImportFile:
     try:
         if file.sha256 and received.sha256 != file.sha256:
             raise UploadError(_("%(path)s arrived damaged; it will be sent again.") % {"path": file.path}, status=422)
-        blob = Blob.named(batch.collection.owner_id, received.sha256, received.size)
-        _adopt(received, blob)
+        with transaction.atomic():
+            (blob,) = keep_blobs(batch.collection.owner_id, [received])
+            file.blob, file.sha256, file.state = blob, blob.sha256, ImportFile.State.STORED
+            ImportFile.objects.filter(pk=file.pk).update(blob=blob, sha256=file.sha256, state=file.state)
+            wake(batch.job_id)
     finally:
         received.path.unlink(missing_ok=True)
-    with transaction.atomic():
-        Blob.objects.bulk_create([blob], ignore_conflicts=True)
-        file.blob, file.sha256, file.state = blob, blob.sha256, ImportFile.State.STORED
-        ImportFile.objects.filter(pk=file.pk).update(blob=blob, sha256=file.sha256, state=file.state)
-        wake(batch.job_id)
     return file
 
 
@@ -174,14 +167,12 @@ def take_form_files(batch: Import, files: Sequence[UploadedFile[Any]]) -> None:
 def keep_blobs(owner_id: UUID, received: Sequence[Received]) -> list[Blob]:
     """Name received bytes by their hash and write their rows; the same bytes give the same blob."""
     blobs = [Blob.named(owner_id, item.sha256, item.size) for item in received]
-    for item, blob in zip(received, blobs, strict=True):
-        _adopt(item, blob)
-    Blob.objects.bulk_create({blob.pk: blob for blob in blobs}.values(), ignore_conflicts=True)
+    with transaction.atomic(savepoint=False):
+        rows = {blob.pk: blob for blob in blobs}.values()
+        Blob.objects.bulk_create(rows, update_conflicts=True, unique_fields=["id"], update_fields=["created"])
+        for item, blob in zip(received, blobs, strict=True):
+            default_storage.adopt(item.path, blob.original_name)  # type: ignore[attr-defined]
     return blobs
-
-
-def _adopt(received: Received, blob: Blob) -> None:
-    default_storage.adopt(received.path, blob.original_name)  # type: ignore[attr-defined]
 
 
 def put_chunk(batch: Import, number: int, chunks: Iterable[bytes], *, sha256: str) -> None:

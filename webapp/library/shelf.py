@@ -134,9 +134,7 @@ def shelves(collections: Iterable[Collection]) -> list[Shelf]:
     ]
 
 
-def collections_of(user: User, *, put_away: bool = False) -> Any:
-    if put_away:
-        return Collection.objects.filter(owner=user, deleted_at__isnull=False).shown().order_by("-deleted_at")
+def collections_of(user: User) -> Any:
     return Collection.objects.of(user).shown().order_by("-created", "pk")
 
 

@@ -15,6 +15,7 @@ urlpatterns = [
     path("collections/<uuid:collection_id>/rename/", views.rename, name="rename"),
     path("collections/<uuid:collection_id>/put-away/", views.put_away, name="put-away"),
     path("collections/<uuid:collection_id>/restore/", views.restore, name="restore"),
+    path("collections/<uuid:collection_id>/delete-for-good/", views.delete_for_good, name="delete-for-good"),
     path("collections/<uuid:collection_id>/imports/", uploads.open_into, name="open-import"),
     path("imports/<uuid:import_id>/", uploads.report, name="import"),
     path("imports/<uuid:import_id>/manifest/", uploads.manifest, name="manifest"),

@@ -17,6 +17,7 @@ from django.utils.http import content_disposition_header
 from django.utils.translation import gettext as _
 from django.views.decorators.http import require_POST, require_safe
 
+from webapp import trash
 from webapp.labelsets.cards import label_choices
 from webapp.library import services, shelf
 from webapp.library.doors import person
@@ -51,7 +52,7 @@ def collections(request: HttpRequest) -> HttpResponse:
     context = {
         "page": page,
         "shelves": shelf.shelves(page.object_list),
-        "put_away": list(shelf.collections_of(person(request), put_away=True)[:LIST_PAGE]),
+        "put_away": trash.put_away_collections(person(request)),
         "form": CollectionForm(),
     }
     return render(request, "library/collections.html", context)
@@ -80,7 +81,7 @@ def rename(request: HttpRequest, collection_id: UUID) -> HttpResponse:
 @require_POST
 def put_away(request: HttpRequest, collection_id: UUID) -> HttpResponse:
     collection = _own(request, collection_id)
-    services.set_deleted(collection, deleted=True)
+    trash.put_away(collection)
     words = _("“%(name)s” is put away.") % {"name": collection.name}
     messages.success(request, words, extra_tags=f"undo={reverse('library:restore', args=[collection.pk])}")
     return redirect("library:collections")
@@ -88,11 +89,24 @@ def put_away(request: HttpRequest, collection_id: UUID) -> HttpResponse:
 
 @require_POST
 def restore(request: HttpRequest, collection_id: UUID) -> HttpResponse:
-    everything = Collection.objects.filter(owner=person(request)).shown()
-    collection = get_object_or_404(everything, pk=collection_id)
-    services.set_deleted(collection, deleted=False)
+    collection = _own_or_put_away(request, collection_id)
+    if not trash.bring_back(collection):
+        messages.error(request, _("It is too late: “%(name)s” is being deleted.") % {"name": collection.name})
+        return redirect("library:collections")
     messages.success(request, _("“%(name)s” is back.") % {"name": collection.name})
     return redirect(collection)
+
+
+@require_POST
+def delete_for_good(request: HttpRequest, collection_id: UUID) -> HttpResponse:
+    """Of what is put away alone; it is done in a moment, until when it can be undone."""
+    collection = _own_or_put_away(request, collection_id)
+    if collection.deleted_at is None:
+        raise Http404
+    trash.delete_soon(collection)
+    words = trash.said_of(collection)
+    messages.warning(request, words, extra_tags=f"undo={reverse('library:restore', args=[collection.pk])}")
+    return redirect("library:collections")
 
 
 # One collection ---------------------------------------------------------------------------------
@@ -183,6 +197,11 @@ def _guarded(answer: HttpResponse, etag: str) -> HttpResponse:
 
 def _own(request: HttpRequest, collection_id: UUID) -> Collection:
     return get_object_or_404(Collection.objects.of(person(request)).shown(), pk=collection_id)
+
+
+def _own_or_put_away(request: HttpRequest, collection_id: UUID) -> Collection:
+    found: Collection = get_object_or_404(Collection.objects.filter(owner=person(request)).shown(), pk=collection_id)
+    return found
 
 
 def _own_import(request: HttpRequest, import_id: UUID) -> Import:

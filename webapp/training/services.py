@@ -154,8 +154,10 @@ def continue_run(run: TrainingRun) -> None:
     """Go on with a run that failed or was cancelled, from its last checkpoint.
 
     Raises:
-        TrainingError: it did neither.
+        TrainingError: it did neither, or there is nothing left to learn from.
     """
+    if run.collection is None and not run.checkpoint:
+        raise TrainingError(_("The photos that it would learn from were deleted for good. Start a new one."))
     if not retry(run.job):
         raise TrainingError(_("There is nothing to go on with: the run is finished, or goes on already."))
 
