@@ -10,22 +10,84 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from fewshot_engine import config
-from fewshot_engine.config import DEFAULT_ENCODER
+from fewshot_engine import config, weights
+from fewshot_engine.backbones import BACKBONES, Backbone, get_backbone
 from fewshot_engine.datasets import PHOTO_SUFFIXES, LabelledImages, from_folder
-from fewshot_engine.encoder import Embedded, Encoder, embed_files, load_encoder
-from fewshot_engine.errors import DataError, EngineError
+from fewshot_engine.encoder import VIEWS, Embedded, Encoder, embed_files, load_encoder
+from fewshot_engine.errors import CheckpointError, ConfigError, DataError, EngineError, WeightsMissing
 from fewshot_engine.inference import Predictions, PrototypeModel, classify, fit, mean_embedding, verdict
+from fewshot_engine.weights import default_cache_dir as default_cache_dir
 
 ENCODERS = {name: name for name in config.ENCODERS}  # `load_encoder` knows them; for whoever still asks here
+
+ENCODER_HELP = """\
+Encoders: accurate (EfficientNet-Lite0, -Lite1 and -Lite2 side by side, the default), fast (Lite0 alone: a third of
+the work, 2 to 4 points less at 1 shot), the name of a backbone (`weights --list` shows them), or a folder that `train`
+wrote. The first use of one exports it to ONNX, which takes some seconds and is kept in --cache-dir.
+"""
+EMBED_HELP = """\
+Writes an .npz file with the arrays embeddings (n, dim) float32, labels (n,) int64, classes and paths; row i is the
+photo paths[i] of the class classes[labels[i]]. A file that is no photo is skipped and named.
+
+  python -m fewshot_engine embed photos/ --out photos.npz
+
+prints {"photos": 120, "classes": 6, "refused": [{"path": …, "reason": …}], "photos_per_s": 31.5}
+"""
+CLASSIFY_HELP = """\
+Learns the labels from the folders of --support, one folder a label with 1 to 10 examples each, and sorts the photos of
+--query. No training: a label is the mean of its examples' embeddings, and the nearest one answers.
+
+  python -m fewshot_engine classify --support examples/ --query holiday/ > answers.jsonl
+
+prints a line for each photo, in any order of folders:
+{"path": …, "label": "beach", "confidence": 0.93, "distance": 0.21, "stranger": 0.04, "top_k": […], "verdict": "known"}
+
+  confidence  how sure the label is, given that the photo is one of the labels; a probability
+  distance    to the label's prototype
+  stranger    the probability that it is none of the labels
+  verdict     known, unsure, none (of the labels) or refused (no photo; "reason" says why)
+
+Modes: inductive looks at each photo alone; pool also takes the mean of all the photos of --query as the centre, which
+is worth about 2 points with few examples where they are all of one kind.
+"""
+WEIGHTS_HELP = """\
+Pretrained weights that no package carries are fetched once, checked, and kept for every later use without a network.
+
+  python -m fewshot_engine weights --list                     what there is, and where its weights are
+  python -m fewshot_engine weights resnet50                   fetch from its hub
+  python -m fewshot_engine weights timm:vit_small_patch14_dinov2.lvd142m
+  python -m fewshot_engine weights open_clip:ViT-B-32/laion2b_s34b_b79k
+  python -m fewshot_engine weights resnet50 --from resnet50-11ad3fa6.pth
+
+A file is a state dict as the backbone's own library saves it, as safetensors or as torch.save writes it; it is read
+without executing anything in it. timm: and open_clip: need `pip install fewshot-studio[more-backbones]`.
+
+prints {"name": …, "file": …, "sha256": …, "source": …, "source_sha256": …}; --list a line for each backbone:
+{"name": …, "title": …, "dim": …, "image_size": …, "licence": …, "weights": "in its package" | "kept" | "to be fetched"
+| "none: trained from scratch"}
+"""
+EXPORT_HELP = """\
+Writes a zip that runs anywhere ONNX Runtime does, without this engine: model.onnx (pixels in, embeddings out, with an
+adapted model's map in the graph), model.json (inputs, origin, the model's card), recipe.safetensors (an adapted model's
+centre and map), LICENCES.txt and README.txt with the ten lines of Python that use it.
+
+  python -m fewshot_engine export runs/birds --out birds.zip
+
+prints what model.json says; largest_difference is what was measured between the graph and the encoder.
+"""
+BENCH_HELP = """\
+  python -m fewshot_engine bench --what embed      photos a second, from files and of the bare forward pass
+  python -m fewshot_engine bench --what classify   from examples to an answer, and milliseconds for one photo
+  python -m fewshot_engine bench --what train      episodes a second of adapt, at the encoder's dimension
+
+The photos are drawn for the purpose. `make bench` compares with other people's code.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,28 +104,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fewshot_engine", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fewshot_engine", description=__doc__, epilog="COMMAND --help explains each with an example."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    embed = commands.add_parser("embed", help="embeddings of a folder of class folders, as an .npz file")
+    embed = _add(commands, "embed", "embeddings of a folder of class folders, as an .npz file", EMBED_HELP)
     embed.add_argument("folder", type=Path, metavar="DIR", help="a folder of class folders, nested or not")
     embed.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="embeddings, labels, classes, paths")
     _add_level(embed)
     _add_encoder(embed)
     embed.set_defaults(run=_embed)
 
-    sort = commands.add_parser("classify", help="sort photos by a few examples; one JSON object a line, a line a photo")
+    sort = _add(
+        commands, "classify", "sort photos by a few examples; one JSON object a line, a line a photo", CLASSIFY_HELP
+    )
     sort.add_argument("--support", type=Path, required=True, metavar="DIR", help="a folder of examples for each label")
     sort.add_argument("--query", type=Path, required=True, metavar="DIR", help="photos to sort, in any folders")
     sort.add_argument("--top-k", type=_positive, default=3, metavar="K", help="labels to list for each photo (3)")
-    sort.add_argument("--mode", choices=("inductive", "pool"), default="inductive", help="pool centres by the queries")
+    sort.add_argument("--mode", choices=("inductive", "pool"), default="inductive", help="what else is looked at")
     sort.add_argument("--reject", action="store_true", help="leave the label empty where the verdict is none")
     _add_level(sort)
     _add_encoder(sort)
     sort.set_defaults(run=_classify)
 
-    bench = commands.add_parser("bench", help="photos a second on this machine, from files and bare")
-    bench.add_argument("--what", choices=("embed",), default="embed")
+    take = _add(commands, "weights", "fetch pretrained weights, take them from a file, or list them", WEIGHTS_HELP)
+    take.add_argument("name", nargs="?", metavar="NAME", help="a backbone")
+    take.add_argument("--from", dest="file", type=Path, metavar="FILE", help="a state dict, instead of a hub")
+    take.add_argument("--list", action="store_true", help="every backbone, and where its weights are")
+    _add_json(take)
+    take.set_defaults(run=_weights)
+
+    export = _add(commands, "export", "a model as a zip that ONNX Runtime can run without this engine", EXPORT_HELP)
+    export.add_argument("model", metavar="CKPT", help="a folder that `train` wrote, or the name of an encoder")
+    export.add_argument("--out", type=Path, required=True, metavar="BUNDLE.zip")
+    _add_cache(export)
+    export.set_defaults(run=_export)
+
+    bench = _add(commands, "bench", "how fast this machine embeds, answers and trains", BENCH_HELP)
+    bench.add_argument("--what", choices=("embed", "train", "classify"), default="embed")
     bench.add_argument("--photos", type=_positive, default=300, help="drawn for the purpose (300)")
     _add_encoder(bench)
     bench.set_defaults(run=_bench)
@@ -73,6 +152,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, title: str, explained: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=title,
+        description=f"{title[0].upper()}{title[1:]}.\n\n{explained}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def _add_level(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--level", default="leaf", help="which folders are the classes: leaf (the default), top or 1, 2…"
@@ -80,9 +170,25 @@ def _add_level(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_encoder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--encoder", default="fast", metavar="fast|NAME|CKPT", help=f"fast is {DEFAULT_ENCODER}")
-    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where exported encoders are kept")
+    parser.epilog = ENCODER_HELP
+    parser.add_argument("--encoder", default="accurate", metavar="accurate|fast|NAME|CKPT", help="see below")
+    parser.add_argument(
+        "--views",
+        type=lambda text: tuple(text.split(",")),
+        default=("whole",),
+        metavar="VIEW,…",
+        help=f"what of each photo is looked at and averaged: {', '.join(VIEWS)}; crop:0.65 says how tight (whole)",
+    )
     parser.add_argument("--device", help="cpu or cuda; a GPU is taken where there is one")
+    _add_cache(parser)
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where exported encoders are kept")
+    _add_json(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="accepted everywhere; the output is JSON in any case")
 
 
@@ -91,10 +197,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
     return value
-
-
-def default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewshot-studio"
 
 
 def _embed(options: argparse.Namespace) -> None:
@@ -167,53 +269,62 @@ def _say_expected(model: PrototypeModel) -> None:
         _say(f"expected accuracy by leave-one-out: {100 * model.expected_accuracy:.0f} ± {margin:.0f} %")
 
 
+def _weights(options: argparse.Namespace) -> None:
+    if options.list:
+        for name in [*BACKBONES, *(name for name in weights.kept_names() if name not in BACKBONES)]:
+            backbone = get_backbone(name)
+            _print(
+                {
+                    "name": name,
+                    "title": backbone.title,
+                    "dim": backbone.dim(),
+                    "image_size": backbone.image_size,
+                    "licence": backbone.licence,
+                    "weights": _where(backbone),
+                }
+            )
+        return
+    if options.name is None:
+        raise ConfigError("name a backbone, or ask for --list")
+    record = get_backbone(options.name).take_weights(options.file, say=_say)
+    _print({key: getattr(record, key) for key in ("name", "file", "sha256", "source", "source_sha256")})
+
+
+def _where(backbone: Backbone) -> str:
+    if not backbone.pretrained:
+        return "none: trained from scratch"
+    try:
+        return "kept" if weights.is_kept(backbone.weights()) else "in its package"
+    except WeightsMissing:
+        return "to be fetched"
+    except CheckpointError as error:
+        return str(error)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from fewshot_engine.bundle import write_bundle  # torch comes with it
+
+    _print(write_bundle(options.model, options.out, cache_dir=options.cache_dir))
+
+
 def _bench(options: argparse.Namespace) -> None:
+    from fewshot_engine.measuring import draw_photos, measure_classifying, measure_embedding, measure_training
+
     encoder = _encoder(options)
+    if options.what == "train":
+        _print({"what": "train", **measure_training(encoder.dim)})
+        return
+    measure = measure_embedding if options.what == "embed" else measure_classifying
     with tempfile.TemporaryDirectory() as folder:
         paths = draw_photos(Path(folder), options.photos)
-        _print(measure_embedding(encoder, paths))
-
-
-def draw_photos(folder: Path, count: int, *, side: int = 224) -> list[Path]:
-    """JPEG files of smooth noise, about as costly to decode as photos of that size."""
-    rng = np.random.default_rng(0)
-    paths = []
-    for number in range(count):
-        coarse = rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
-        paths.append(folder / f"{number:05}.jpg")
-        image.save(paths[-1], quality=90)
-    return paths
-
-
-def measure_embedding(encoder: Encoder, paths: list[Path]) -> dict[str, Any]:
-    """Photos a second from files, beside the forward pass alone: with as many threads, from memory."""
-    workers = os.cpu_count() or 1
-    batch = np.zeros((encoder.batch_size, *encoder.input_shape), dtype=np.uint8)
-    batches = [batch] * max(1, len(paths) // len(batch))
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(encoder.encode, batches[:workers]))  # the first passes allocate
-        bare = len(batches) * len(batch) / _seconds(lambda: list(pool.map(encoder.encode, batches)))
-    from_files = len(paths) / _seconds(lambda: list(embed_files(paths, encoder, workers=workers)))
-    return {
-        "encoder": encoder.name,
-        "photos": len(paths),
-        "photos_per_s": round(from_files, 1),
-        "bare_forward_per_s": round(bare, 1),
-        "ratio": round(from_files / bare, 3),
-    }
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+        _print({"what": options.what, **measure(encoder, paths)})
 
 
 def _encoder(options: argparse.Namespace) -> Encoder:
     # One thread for each forward pass, and a worker for each core: see `embed_files`.
-    name = ENCODERS.get(options.encoder, options.encoder)
-    return load_encoder(name, cache_dir=options.cache_dir, threads=1, device=options.device)
+    return load_encoder(
+        options.encoder, cache_dir=options.cache_dir, threads=1, device=options.device, views=options.views
+    )
 
 
 def _embeddings(

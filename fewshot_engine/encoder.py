@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +207,7 @@ def load_encoder(
         CheckpointError: the folder holds no encoder that can be read.
         WeightsMissing: the pretrained weights are not on this machine.
     """
-    plan = _plan(name_or_checkpoint)
+    plan = read_plan(name_or_checkpoint)
     shown = _views(views)
     device = device or _default_device()
     forwards = [
@@ -231,25 +231,37 @@ def export_onnx(module: nn.Module, path: Path, image_size: int, *, backbone: Bac
         module: maps normalised (n, 3, image_size, image_size) to (n, dim); its mode is left as it was.
         backbone: whose normalisation goes into the graph; None for a module that takes pixels from 0 to 1.
     """
+    was_training = module.training
+    try:
+        write_onnx(with_normalisation(module, backbone).eval(), path, {"pixels": image_size})
+    finally:
+        module.train(was_training)
+
+
+def write_onnx(module: nn.Module, path: Path, inputs: Mapping[str, int]) -> None:
+    """Write a module in evaluation mode as ONNX with the output "embeddings", (n, dim), atomically.
+
+    Args:
+        module: takes uint8 (n, side, side, 3) for each input, in order.
+        inputs: name -> side, in pixels.
+    """
     import torch
 
-    normalised = _with_normalisation(module, backbone)
-    was_training = module.training
-    normalised.eval()
-    example = torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8, device=next(module.parameters()).device)
+    device = next(module.parameters()).device
+    examples = tuple(torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device) for side in inputs.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:
-        with warnings.catch_warnings():  # the older exporter warns; the newer one would need onnxscript
+        with _export_lock, warnings.catch_warnings():  # the older exporter warns; the newer one would need onnxscript
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                normalised,
-                (example,),
+                module,
+                examples,
                 temporary,
-                input_names=["pixels"],
+                input_names=list(inputs),
                 output_names=["embeddings"],
-                dynamic_axes={"pixels": {0: "n"}, "embeddings": {0: "n"}},
+                dynamic_axes={name: {0: "n"} for name in [*inputs, "embeddings"]},
                 opset_version=17,
                 dynamo=False,
             )
@@ -257,8 +269,9 @@ def export_onnx(module: nn.Module, path: Path, image_size: int, *, backbone: Bac
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    finally:
-        module.train(was_training)
+
+
+_export_lock = threading.Lock()  # torch's exporter keeps its state in globals; other processes have their own
 
 
 @dataclass(frozen=True)
@@ -360,8 +373,11 @@ def _views_of(name: str) -> list[_View]:
     return [{"whole": _View(), "mirror": _View(mirrored=True), "crop": _View(share)}[kind]]
 
 
+_making_lock = threading.Lock()  # threads that want the same file wait for the first of them
+
+
 @dataclass(frozen=True)
-class _Member:
+class Member:
     """One backbone of an encoder: at which size, with which weights."""
 
     source: str  # a backbone's name or a checkpoint's folder: how another process finds it
@@ -401,7 +417,7 @@ class _Member:
         if path.is_file():
             return path
         if "torch" in sys.modules:
-            with _export_lock:
+            with _making_lock:
                 if not path.is_file():
                     self.export(path)
             return path
@@ -426,23 +442,21 @@ class _Member:
         return f"{quote(self.backbone.name, safe='')}-{self.image_size}-{digest.hexdigest()[:16]}.onnx"
 
 
-_export_lock = threading.Lock()  # torch's exporter keeps its state in globals; other processes have their own
-
-
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What an encoder is made of; `adapted` is the folder of a map over the members' embeddings."""
 
     name: str
-    members: tuple[_Member, ...]
+    members: tuple[Member, ...]
     adapted: Path | None = None
 
 
-def _plan(name_or_checkpoint: str) -> _Plan:
+def read_plan(name_or_checkpoint: str) -> Plan:
+    """Which backbones make the encoder of this name or checkpoint folder; raises as `load_encoder` does."""
     if name_or_checkpoint in ENCODERS:
-        return _Plan(name_or_checkpoint, tuple(map(_pretrained, ENCODERS[name_or_checkpoint])))
+        return Plan(name_or_checkpoint, tuple(map(_pretrained, ENCODERS[name_or_checkpoint])))
     if name_or_checkpoint in BACKBONES or name_or_checkpoint.startswith(EXTRA_PREFIXES):
-        return _Plan(name_or_checkpoint, (_pretrained(name_or_checkpoint),))
+        return Plan(name_or_checkpoint, (_pretrained(name_or_checkpoint),))
     folder = Path(name_or_checkpoint)
     if not folder.is_dir():
         known = ", ".join([*ENCODERS, *(name for name, backbone in BACKBONES.items() if backbone.pretrained)])
@@ -454,22 +468,22 @@ def _plan(name_or_checkpoint: str) -> _Plan:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder.name} is no checkpoint: its model.json is missing or cannot be read") from error
     if kind == "adapt":
-        return _Plan(folder.name, _plan(name).members, adapted=folder)
+        return Plan(folder.name, read_plan(name).members, adapted=folder)
     if kind != "full":
         raise CheckpointError(f"{folder.name} holds a model of the kind {kind!r}: an encoder is adapt or full")
     if not (folder / "model.safetensors").is_file():
         raise CheckpointError(f"{folder.name} is no complete checkpoint: model.safetensors is missing")
-    return _Plan(folder.name, (_Member(name_or_checkpoint, get_backbone(name), image_size, folder),))
+    return Plan(folder.name, (Member(name_or_checkpoint, get_backbone(name), image_size, folder),))
 
 
-def _pretrained(name: str) -> _Member:
+def _pretrained(name: str) -> Member:
     backbone = get_backbone(name)
     if not backbone.pretrained:
         raise ConfigError(f"{name} has no weights of its own: train it first, then name the checkpoint")
-    return _Member(name, backbone, backbone.image_size)
+    return Member(name, backbone, backbone.image_size)
 
 
-def _fused_forward(members: Sequence[_Member], forwards: Sequence[Forward], views: Sequence[_View]) -> Forward:
+def _fused_forward(members: Sequence[Member], forwards: Sequence[Forward], views: Sequence[_View]) -> Forward:
     """Rows, (n, *input_shape) -> (n, dim): each member sees its squares of a row, all views in one go."""
     shapes = [(len(views), member.image_size, member.image_size, 3) for member in members]
     ends = np.cumsum([math.prod(shape) for shape in shapes])
@@ -527,10 +541,10 @@ def _onnx_forward(path: Path, threads: int) -> Forward:
     return forward
 
 
-def _torch_forward(member: _Member, device: str) -> Forward:
+def _torch_forward(member: Member, device: str) -> Forward:
     import torch
 
-    module = _with_normalisation(member.build(), member.backbone).to(device)
+    module = with_normalisation(member.build(), member.backbone).to(device)
     module = module.to(memory_format=torch.channels_last)
     compiled = torch.compile(module)
 
@@ -550,7 +564,7 @@ def _torch_forward(member: _Member, device: str) -> Forward:
     return forward
 
 
-def _with_normalisation(module: nn.Module, backbone: Backbone | None) -> nn.Module:
+def with_normalisation(module: nn.Module, backbone: Backbone | None) -> nn.Module:
     """uint8 (n, h, w, 3) in front of a module that takes normalised (n, 3, h, w)."""
     import torch
     from torch import Tensor, nn
@@ -578,7 +592,7 @@ def _with_normalisation(module: nn.Module, backbone: Backbone | None) -> nn.Modu
 
 def _main(source: str, path: str) -> int:
     try:
-        (member,) = _plan(source).members
+        (member,) = read_plan(source).members
         member.export(Path(path))
     except EngineError as error:
         print(error, file=sys.stderr)

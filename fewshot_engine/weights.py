@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from fewshot_engine.checkpoints import write_atomically
 from fewshot_engine.errors import CheckpointError, WeightsMissing
@@ -71,6 +71,11 @@ def find_record(name: str) -> Record | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"the record of {name}'s weights, {path}, is damaged: fetch them again") from error
+
+
+def kept_names() -> list[str]:
+    """The backbones that weights are kept for."""
+    return sorted(unquote(path.stem) for path in _folder().glob("*.json"))
 
 
 def kept_file(record: Record) -> Path:

@@ -6,6 +6,7 @@ from PIL import Image
 
 from fewshot_engine import __main__ as cli
 from fewshot_engine.encoder import Encoder, Square
+from fewshot_engine.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +80,63 @@ def test_a_label_whose_photos_are_all_unreadable_is_named(folder, capsys):
     assert "grey" in capsys.readouterr().err
 
 
-def test_bench_prints_a_ratio(capsys):
-    assert cli.main(["bench", "--photos", "20"]) == 0
+@pytest.mark.parametrize(
+    ("what", "figure"), [("embed", "ratio"), ("classify", "one_photo_ms"), ("train", "episodes_per_s")]
+)
+def test_bench_prints_a_figure(what, figure, capsys):
+    assert cli.main(["bench", "--what", what, "--photos", "30"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["photos"] == 20
-    assert said["ratio"] > 0
+    assert said["what"] == what
+    assert said[figure] > 0
+
+
+def test_the_encoder_and_its_views_are_asked_for_by_name(folder, tmp_path, monkeypatch):
+    asked = {}
+
+    def load(name, **options):
+        asked.update(options, name=name)
+        raise ConfigError("seen enough")
+
+    monkeypatch.setattr(cli, "load_encoder", load)
+    assert cli.main(["embed", str(folder), "--out", str(tmp_path / "x.npz")]) == 2
+    assert (asked["name"], asked["views"]) == ("accurate", ("whole",))
+    cli.main(["embed", str(folder), "--out", str(tmp_path / "x.npz"), "--encoder", "fast", "--views", "whole,crop:0.6"])
+    assert (asked["name"], asked["views"]) == ("fast", ("whole", "crop:0.6"))
+
+
+def test_weights_are_listed_and_taken_from_a_file(tmp_path, monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+    from torchvision.models import resnet18
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    torch.save(resnet18(weights=None).state_dict(), tmp_path / "r.pth")
+    assert cli.main(["weights", "resnet18", "--from", str(tmp_path / "r.pth")]) == 0
+    taken = json.loads(capsys.readouterr().out)
+    assert taken.keys() == {"name", "file", "sha256", "source", "source_sha256"}
+    assert cli.main(["weights", "--list"]) == 0
+    listed = {row["name"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert [listed[name]["weights"] for name in ("resnet18", "resnet50", "efficientnet-lite0", "conv4")] == [
+        "kept",
+        "to be fetched",
+        "in its package",
+        "none: trained from scratch",
+    ]
+    assert cli.main(["weights"]) == 2
+    assert "--list" in capsys.readouterr().err
+
+
+def test_export_prints_what_the_bundle_says(tmp_path, exported, capsys):
+    pytest.importorskip("torch")
+    assert cli.main(["export", "fast", "--out", str(tmp_path / "fast.zip"), "--cache-dir", str(exported)]) == 0
+    assert json.loads(capsys.readouterr().out)["dim"] == 1280
+    assert (tmp_path / "fast.zip").is_file()
+
+
+@pytest.mark.parametrize("command", ["embed", "classify", "weights", "export", "bench"])
+def test_help_teaches_by_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert f"python -m fewshot_engine {command}" in said.split("\n\n", 1)[1]
+    assert command == "bench" or "prints" in said

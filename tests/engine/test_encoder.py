@@ -44,12 +44,6 @@ def encoder(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Where the encoders of this file keep what they export."""
-    return tmp_path_factory.mktemp("exported")
-
-
-@pytest.fixture(scope="module")
 def accurate(exported):
     return load_encoder("accurate", cache_dir=exported, threads=1, device="cpu")
 
