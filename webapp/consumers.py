@@ -21,7 +21,7 @@ class LiveConsumer(AsyncJsonWebsocketConsumer):  # type: ignore[misc]
     `{"refresh": [job id]}`, which asks how the active jobs and the named ones stand.
 
     It gets `{"subscribed": id, "after": number}` and from there `{"job": id, "events": [{"number", "type", "data",
-    "at"}, …]}` in order and without gaps, `{"summary": {…}}` whenever a job of its user changes,
+    "at"}, …]}` in order, with all that are kept, `{"summary": {…}}` whenever a job of its user changes,
     `{"active": [summary], "asked": [summary]}` for a refresh, and `{"refused": id}` for a job that is not theirs.
     """
 

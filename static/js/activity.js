@@ -1,7 +1,7 @@
 // Jobs as rows that stay live on any page, the Activity page, and the page of one job.
-import { request, toastError } from "./app.js";
+import { request } from "./app.js";
 import { isActive, onSummary, watch } from "./live.js";
-import { Idiomorph } from "../vendor/idiomorph.esm.js";
+import { morph, throttled } from "./morphing.js";
 
 const gettext = (text) => (window.gettext ? window.gettext(text) : text);
 const number = new Intl.NumberFormat(document.documentElement.lang || undefined);
@@ -45,48 +45,19 @@ function progressText(summary, percent) {
     .replace("%(percent)s", percent);
 }
 
-/** Bring a part of the page up to date by the same partial that the server first drew; calls in between become one. */
-export function refresher(id, url, after = () => {}) {
-  let timer = 0;
-  let isBusy = false;
-  let isStale = false;
-  async function run() {
-    if (isBusy) return void (isStale = true);
-    isBusy = true;
+/** Bring the page up to date by the same partial that the server first drew; calls in between become one. */
+export function refresher(url) {
+  return throttled(async () => {
     try {
-      const html = await request(url, { headers: { Accept: "text/html" } });
-      morph(document.getElementById(id), html);
-      after();
+      morph(await request(url, { headers: { Accept: "text/html" } }));
     } catch (error) {
-      if (error.status && error.status !== 401) toastError(error);
+      if (error.status && error.status !== 401) throw error; // away, or logged out: the socket sees to that
     }
-    isBusy = false;
-    if (isStale) {
-      isStale = false;
-      soon();
-    }
-  }
-  function soon() {
-    clearTimeout(timer);
-    timer = setTimeout(run, 200);
-  }
-  return soon;
-}
-
-/** Morph a node into its new form; what is marked data-keep, what is open, and what is being typed in stay. */
-export function morph(node, html) {
-  Idiomorph.morph(node, html, {
-    morphStyle: "outerHTML",
-    ignoreActiveValue: true,
-    callbacks: {
-      beforeNodeMorphed: (old) => !(old.nodeType === Node.ELEMENT_NODE && old.hasAttribute("data-keep")),
-      beforeAttributeUpdated: (name, old) => !(name === "open" && old.matches("details, dialog")),
-    },
   });
 }
 
 function activityPage() {
-  const refresh = refresher("activity", location.pathname + location.search);
+  const refresh = refresher(location.pathname + location.search);
   const known = new Map();
   for (const row of document.querySelectorAll("#activity [data-job]")) known.set(row.dataset.job, row.dataset.state);
   onSummary((summary) => {
@@ -97,7 +68,7 @@ function activityPage() {
 }
 
 function jobPage(node) {
-  const refresh = refresher("job", location.pathname + location.search);
+  const refresh = refresher(location.pathname + location.search);
   watch(node.dataset.jobPage, node.dataset.last, (events) => {
     if (events.some((event) => event.type !== "step")) refresh();
   });

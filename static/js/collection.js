@@ -1,8 +1,8 @@
 // A collection: its grid, what is selected in it, the photo looked at, and what is being uploaded into it.
-import { Idiomorph } from "../vendor/idiomorph.esm.js";
 import { isTyping, openDialog, request, toast, toastError } from "./app.js";
 import { labelChoice } from "./labelchoice.js";
 import { watch } from "./live.js";
+import { morph, parse } from "./morphing.js";
 import { arrange, filesFromDrop, filesFromInput, showSending, upload } from "./upload.js";
 
 const REFRESH_EVERY_MS = 1000;
@@ -45,10 +45,6 @@ function seeMore() {
   sentinel.disconnect();
   const link = document.getElementById("more");
   if (link && !link.hidden) sentinel.observe(link);
-}
-
-function parse(html) {
-  return new DOMParser().parseFromString(html, "text/html").body;
 }
 
 /** New photos come at the end: a grid whose end is near grows, another gets them when it is scrolled to. */
@@ -361,9 +357,10 @@ async function refresh() {
   isRefreshing = true;
   const begun = performance.now();
   try {
-    const fresh = parse(await request(page.dataset.overviewUrl, { headers: { Accept: "text/html" } }));
+    const html = await request(page.dataset.overviewUrl, { headers: { Accept: "text/html" } });
     refreshTook = performance.now() - begun;
-    for (const part of fresh.querySelectorAll("[data-live-part]")) morph(part);
+    morph(html);
+    hideWhatIsKnown();
     await growGrid();
   } catch (error) {
     if (error.status !== 0) toastError(error);
@@ -374,16 +371,6 @@ async function refresh() {
       refreshSoon();
     }
   }
-}
-
-function morph(part) {
-  const old = document.getElementById(part.id);
-  if (!old) return;
-  const open = [...old.querySelectorAll("details[open]")].length > 0;
-  Idiomorph.morph(old, part, { morphStyle: "outerHTML", ignoreActiveValue: true });
-  const kept = document.getElementById(part.id).querySelector("details");
-  if (open && kept) kept.open = true;
-  hideWhatIsKnown();
 }
 
 /** While this page sends, it need not say that the upload might be unfinished. */

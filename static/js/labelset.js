@@ -3,7 +3,7 @@ import { element, openDialog, request, toast, toastError } from "./app.js";
 import { watch } from "./live.js";
 import { filesFromInput, upload } from "./upload.js";
 import { openCamera } from "./camera.js";
-import { announce, gatherErrors, morph, sayOnce, throttled } from "./morphing.js";
+import { announce, gatherErrors, morph, parse, sayOnce, throttled } from "./morphing.js";
 import { classify, showTab, takeDrops } from "./results.js";
 
 const gettext = (text) => (window.gettext ? window.gettext(text) : text);
@@ -145,10 +145,9 @@ function ask(card, replaces = null) {
 async function loadPicker(query = "") {
   try {
     const url = aim.card.dataset.pickUrl + (query ? `?${query}` : "");
-    const html = await request(url, { headers: { Accept: "text/html" } });
-    const fragment = new DOMParser().parseFromString(html, "text/html"); // the server's own markup, escaped by its templates
+    const fragment = parse(await request(url, { headers: { Accept: "text/html" } }));
     document.getElementById("picker-title").textContent = document.getElementById("add-examples-title").textContent;
-    document.getElementById("picker-content").replaceChildren(...fragment.body.children);
+    document.getElementById("picker-content").replaceChildren(...fragment.children);
     for (const box of document.querySelectorAll('#picker [name="photos"]')) box.checked = picked.has(box.value);
     countPicked();
     openDialog("picker");

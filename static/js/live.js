@@ -1,5 +1,5 @@
 // The one socket of a page: what happens to jobs, as it happens.
-// Events are numbered rows in the database; the socket brings them in order, once and without gaps, and after every
+// Events are numbered rows in the database; the socket brings all that are kept in order and once, and after every
 // interruption it asks for what came after the last number seen.
 import { element, icon } from "./app.js";
 

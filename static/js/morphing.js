@@ -6,15 +6,24 @@ const gettext = (text) => (window.gettext ? window.gettext(text) : text);
 const ngettext = (one, many, n) => (window.ngettext ? window.ngettext(one, many, n) : n === 1 ? one : many);
 const PAUSE_MS = 250;
 
-/** Put each top-level element of the server's HTML in the place of the page's element of that id. */
+/** The elements of the server's HTML: its own markup, escaped by its templates. */
+export function parse(html) {
+  return new DOMParser().parseFromString(html, "text/html").body;
+}
+
+/**
+ * Put each top-level element of the server's HTML in the place of the page's element of that id. What is marked
+ * data-keep, what is open, and what is being typed in stay; `keep(attribute, node)` names further attributes that do.
+ */
 export function morph(html, { keep = () => false } = {}) {
-  const fragment = new DOMParser().parseFromString(html, "text/html");
   const focused = document.activeElement?.id;
-  for (const fresh of [...fragment.body.children]) {
+  const callbacks = {
+    beforeNodeMorphed: (old) => !(old.nodeType === Node.ELEMENT_NODE && old.hasAttribute("data-keep")),
+    beforeAttributeUpdated: (name, node, change) => !(name === "open" && node.matches("details, dialog")) && !(change === "remove" && keep(name, node)),
+  };
+  for (const fresh of [...parse(html).children]) {
     const old = fresh.id && document.getElementById(fresh.id);
-    if (!old) continue;
-    const callbacks = { beforeAttributeUpdated: (name, node, change) => !(change === "remove" && keep(name, node)) };
-    Idiomorph.morph(old, fresh, { ignoreActiveValue: true, callbacks });
+    if (old) Idiomorph.morph(old, fresh, { ignoreActiveValue: true, callbacks });
   }
   const again = focused && document.activeElement?.id !== focused && document.getElementById(focused);
   if (again) again.focus({ preventScroll: true });

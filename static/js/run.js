@@ -1,7 +1,8 @@
 // The page of a training run, live; and the form of a new one, whose consequences follow the numbers.
 import { request, toastError } from "./app.js";
-import { refresher, morph } from "./activity.js";
+import { refresher } from "./activity.js";
 import { onSummary, watch } from "./live.js";
+import { morph } from "./morphing.js";
 import { lineChart } from "./chart.js";
 
 const gettext = (text) => (window.gettext ? window.gettext(text) : text);
@@ -21,7 +22,7 @@ class RunPage {
     this.job = node.dataset.jobId;
     this.state = node.dataset.state;
     this.curvesUrl = node.dataset.curvesUrl;
-    this.refresh = refresher("run", node.dataset.panelUrl);
+    this.refresh = refresher(node.dataset.panelUrl);
     this.last = Number(node.dataset.last);
   }
 
@@ -48,6 +49,8 @@ class RunPage {
 
   heard(events) {
     let isStep = false;
+    const isWhole = events[0].number === this.last + 1; // the steps of a long run are thinned: the curves have them all
+    this.last = events.at(-1).number;
     for (const { type, data } of events) {
       if (type === "step") {
         isStep = true;
@@ -58,7 +61,7 @@ class RunPage {
     if (this.steps.length > MAX_STEPS) this.steps = halved(this.steps);
     if (isStep) this.showStep(this.latest);
     this.draw();
-    if (events.some(({ type }) => type === "started")) this.loadCurves();
+    if (!isWhole || events.some(({ type }) => type === "started")) this.loadCurves();
     if (events.some(({ type }) => type !== "step" && type !== "saved" && type !== "preparing")) this.refresh();
   }
 
@@ -179,7 +182,7 @@ class NewRun {
     values.delete("csrfmiddlewaretoken");
     try {
       const html = await request(`${this.form.dataset.notesUrl}?${values}`, { headers: { Accept: "text/html" }, signal: this.asking.signal });
-      morph(document.getElementById("outlook"), html);
+      morph(html);
     } catch (error) {
       toastError(error);
     }

@@ -602,7 +602,9 @@ def test_evidence_says_why(kitchen: Kitchen, owner_client: Client) -> None:
     assert text.count("<figure") == 2
     assert "is-rival" in text
     assert "It is Mango" in text
-    kitchen.examples[0][0].photo.delete()
+    gone = kitchen.examples[0][0]
+    services.remove_example(gone)
+    gone.photo.delete()
     assert owner_client.get(url).content.decode().count("<figure") == 1
 
 
@@ -696,7 +698,7 @@ def test_pages_take_few_queries_whatever_they_show(kitchen: Kitchen, owner_clien
         services.add_examples(label, [factories.make_photo(kitchen.collection) for _ in range(3)])
         kitchen.add(label, 0.9, 0.1)
     assert [count(owner_client, url) for url in urls] == before
-    assert before[0] <= 8
+    assert before[0] <= 9
     assert before[1] <= 14
     assert before[2] <= 20
     assert before[3] <= 9

@@ -288,6 +288,26 @@ def test_curves_are_what_was_measured(run: TrainingRun, owner_client: Client) ->
     assert (curves["total"], curves["way"], curves["baseline"]) == (20, 2, 0.6)
 
 
+def test_a_long_run_keeps_its_curves_and_few_lines_of_steps(run: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "KEPT_STEPS", 10)
+    monkeypatch.setattr(services, "THINNED_EVERY", 5)
+    claim = jobs.claim(run.job_id, worker="test")
+    assert claim is not None
+    for episode in range(1, 41):
+        step = {"epoch": 1, "loss": 1.0, "episodes_per_s": 9.0, "seconds_left": 1.0}
+        services.save_metric(claim, run, Metric.Kind.STEP, episode=episode, changes={}, event=step)
+        if episode % 10 == 0:
+            services.save_metric(
+                claim, run, Metric.Kind.EVALUATION, episode=episode, changes={}, event=score(0.5, epoch=1, loss=1.0)
+            )
+    events = run.job.events
+    assert run.metrics.filter(kind=Metric.Kind.STEP).count() == 40
+    assert events.filter(type="step").count() <= 15
+    assert events.filter(type="evaluation").count() == 4
+    newest = events.filter(type="step").order_by("-number").first()
+    assert newest is not None and newest.data["episode"] == 40
+
+
 def test_long_curves_are_thinned_by_averaging(run: TrainingRun) -> None:
     run.config["episodes_per_epoch"] = 6000
     rows = [Metric(run=run, kind="step", episode=n, epoch=1, loss=n % 2) for n in range(1, 6001)]

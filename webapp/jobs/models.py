@@ -118,7 +118,7 @@ class Job(models.Model):
 
 
 class Event(models.Model):
-    """A line in a job's log, numbered within the job from 1 without gaps."""
+    """A line in a job's log, numbered within the job from 1; old lines of a long log may be gone."""
 
     job = models.ForeignKey(Job, on_delete=models.CASCADE, related_name="events")
     number = models.PositiveIntegerField()

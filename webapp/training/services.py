@@ -13,13 +13,14 @@ from django.utils.translation import gettext as _
 
 from fewshot_engine.config import TrainConfig
 from webapp.accounts.models import User
-from webapp.jobs.models import Job
+from webapp.jobs.models import Event, Job
 from webapp.jobs.services import Claim, create_job, fenced, record, retry, wake
 from webapp.library.models import Category, Collection
 from webapp.training.models import Metric, Model, TrainingRun
 
 USUAL_WAYS, GOOD_CLASSES, GOOD_PHOTOS = 5, 20, 20
 CURVE_POINTS = 600
+KEPT_STEPS, THINNED_EVERY = 300, 50  # lines of a run's log that tell of steps
 
 
 class TrainingError(Exception):
@@ -232,7 +233,10 @@ def save_metric(
         if event.get("best"):
             best = {name: event[name] for name in ("accuracy", "ci95", "way", "shot", "query", "episodes")}
             TrainingRun.objects.filter(pk=run.pk).update(best={**best, "episode": episode})
-        record(claim.job_id, str(kind), episode=episode, **event)
+        line = record(claim.job_id, str(kind), episode=episode, **event)
+        if kind == Metric.Kind.STEP and line.number % THINNED_EVERY == 0:
+            # The metrics have every step; their lines are for pages that listen now.
+            Event.objects.filter(job=claim.job_id, type="step", number__lte=line.number - KEPT_STEPS).delete()
 
 
 def save_model(claim: Claim, run: TrainingRun, *, folder: str, card: dict[str, Any], event: dict[str, Any]) -> Model:
