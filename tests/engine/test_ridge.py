@@ -5,7 +5,12 @@ from fewshot_engine.errors import EmptyClassError
 from fewshot_engine.prototypes import l2_normalise
 from fewshot_engine.ridge import (
     CENTRE_SHARE,
+    ITERATIONS,
+    QUERY_WEIGHT,
     RIDGE,
+    TEMPERATURE,
+    TOGETHER_SHARE,
+    answer_together,
     episode_cosines,
     left_out_cosines,
     ridge_prototypes,
@@ -111,3 +116,59 @@ def test_labels_of_unequal_size_are_told_apart_better_than_by_means():
         hits["mean"].append(((query @ means.T).argmax(axis=1) == truth).mean())
         hits["ridge"].append(((query @ ridge_prototypes(support, labels, 5).T).argmax(axis=1) == truth).mean())
     assert np.mean(hits["ridge"]) > np.mean(hits["mean"]) + 0.02
+
+
+def slow_together(queries, support, labels, n_way):
+    """The same in the primal, each query image left out by fitting again without it."""
+    means = np.stack([support[labels == k].mean(axis=0) for k in range(n_way)])
+    centre = TOGETHER_SHARE * (means.mean(axis=0) + queries.mean(axis=0)) / 2
+    s, q = l2_normalise(support - centre), l2_normalise(queries - centre)
+    cosines = q @ slow_prototypes(s, labels, n_way).T
+    for _ in range(ITERATIONS):
+        votes = np.exp(TEMPERATURE * cosines)
+        votes /= votes.sum(axis=1, keepdims=True)
+        photos, targets = np.concatenate([s, q]), np.concatenate([np.eye(n_way)[labels], votes])
+        weights = np.concatenate([np.ones(len(s)), np.full(len(q), QUERY_WEIGHT)])
+        targets = targets - weights @ targets / weights.sum()
+        cosines = np.empty_like(cosines)
+        for row in range(len(q)):
+            kept = np.arange(len(photos)) != len(s) + row
+            x, w, y = photos[kept], weights[kept, None], targets[kept]
+            solved = np.linalg.solve(x.T @ (w * x) + RIDGE * np.eye(x.shape[1]), x.T @ (w * y))
+            cosines[row] = q[row] @ solved / np.linalg.norm(solved, axis=0)
+    return cosines
+
+
+def test_answering_together_equals_fitting_again_without_each_photo():
+    support, labels = drawn([2, 1, 3])
+    queries, _ = drawn([4, 2, 3], seed=5)
+    assert answer_together(queries, support, labels, 3) == pytest.approx(slow_together(queries, support, labels, 3))
+
+
+def test_answering_together_does_not_depend_on_order():
+    support, labels = drawn([2, 3])
+    queries, _ = drawn([6, 5], seed=5)
+    order = np.random.default_rng(0).permutation(len(queries))
+    assert answer_together(queries[order], support, labels, 2) == pytest.approx(
+        answer_together(queries, support, labels, 2)[order]
+    )
+
+
+def test_an_empty_batch_and_a_single_label_have_answers_too():
+    support, labels = drawn([3])
+    assert answer_together(support[:0], support, labels, 1).shape == (0, 1)
+    assert answer_together(support, support, labels, 1).shape == (3, 1)
+
+
+def test_a_batch_helps_where_one_example_is_not_enough():
+    rng = np.random.default_rng(0)
+    alone, together = [], []
+    for _ in range(40):
+        kinds = rng.standard_normal((4, 30))
+        labels = np.arange(4)
+        support = l2_normalise(kinds + 1.2 * rng.standard_normal((4, 30)))
+        truth = rng.choice(4, 40, p=[0.5, 0.3, 0.1, 0.1])
+        queries = l2_normalise(kinds[truth] + 1.2 * rng.standard_normal((40, 30)))
+        alone.append((episode_cosines(support[None, :, None], queries[None])[0].argmax(axis=1) == truth).mean())
+        together.append((answer_together(queries, support, labels, 4).argmax(axis=1) == truth).mean())
+    assert np.mean(together) > np.mean(alone) + 0.05
