@@ -183,4 +183,5 @@ def _coefficients(gram: FloatArray, labels: IntArray, n_way: int) -> FloatArray:
 
 def _targets(labels: IntArray, n_way: int) -> FloatArray:
     members = one_hot(labels, n_way, np.float64)
-    return members - members.mean(axis=0)
+    targets: FloatArray = members - members.mean(axis=0)
+    return targets
