@@ -46,7 +46,7 @@ Forward = Callable[[UInt8Array], Float32Array]
 CPU_BATCH = 16
 GPU_BATCH = 128
 
-VIEWS = ("whole", "mirror", "crop", "corners")
+VIEWS = ("whole", "mirror", "crop", "corners", "pad")
 CROP_SHARE = 0.8  # of the shorter side: what a tight crop keeps unless its name says otherwise, as "crop:0.65" does
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -59,6 +59,7 @@ class Square:
         size: of its side, in pixels.
         share: of the photo's shorter side that it covers, above 0, up to 1.
         across, down: where it lies in the room that is left: 0 is left or top, 0.5 the middle, 1 right or bottom.
+        padded: all of the photo is in it, between two bars of its mean colour, and `share` says nothing.
     """
 
     size: int
@@ -66,18 +67,32 @@ class Square:
     across: float = 0.5
     down: float = 0.5
     mirrored: bool = False
+    padded: bool = False
     resampling: Resampling = "bilinear"
 
     def cut(self, image: Image.Image) -> UInt8Array:
         """(size, size, 3) of an image of mode RGB."""
+        pixels = self._padded(image) if self.padded else self._cut_out(image)
+        return pixels[:, ::-1] if self.mirrored else pixels
+
+    def _cut_out(self, image: Image.Image) -> UInt8Array:
         width, height = image.size
         side = min(width, height) * self.share
         left, top = (width - side) * self.across, (height - side) * self.down
         # The crop travels with the resize, so that nothing outside of it is computed.
         box = (left, top, left + side, top + side)
         square = image.resize((self.size, self.size), RESAMPLING[self.resampling], box=box, reducing_gap=2.0)
-        pixels = np.asarray(square, dtype=np.uint8)
-        return pixels[:, ::-1] if self.mirrored else pixels
+        return np.asarray(square, dtype=np.uint8)
+
+    def _padded(self, image: Image.Image) -> UInt8Array:
+        scale = self.size / max(image.size)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        whole = np.asarray(image.resize((width, height), RESAMPLING[self.resampling], reducing_gap=2.0))
+        square = np.empty((self.size, self.size, 3), dtype=np.uint8)
+        square[:] = whole.mean(axis=(0, 1))
+        left, top = (self.size - width) // 2, (self.size - height) // 2
+        square[top : top + height, left : left + width] = whole
+        return square
 
     @property
     def needs_side(self) -> int:
@@ -199,8 +214,9 @@ def load_encoder(
         cache_dir: where exported ONNX files are kept; made when missing.
         threads: cores for one forward pass on the CPU; 0 takes all of them.
         device: "cpu", "cuda", "cuda:1"…; None takes a GPU where there is one.
-        views: of each photo, averaged: "whole" is the centre square, "mirror" that square mirrored, "crop" a tighter
-            one (80 % of it, or as "crop:0.65" says), "corners" the four crops of that tightness in the corners.
+        views: of each photo, averaged: "whole" is the centre square (or how the backbone frames photos, see
+            `config.ENCODERS`), "mirror" that square mirrored, "crop" a tighter one (80 % of it, or as "crop:0.65"
+            says), "corners" the four crops of that tightness in the corners, "pad" the whole photo between two bars.
 
     Raises:
         ConfigError: neither a known name nor a folder, or no such view.
@@ -349,6 +365,12 @@ class _View:
     across: float = 0.5
     down: float = 0.5
     mirrored: bool = False
+    padded: bool = False
+
+    @property
+    def is_framing(self) -> bool:
+        """Whether it says which part of the photo is shown, and not just how."""
+        return self.padded or self.share < 1
 
 
 def _views(names: Sequence[str]) -> tuple[_View, ...]:
@@ -360,7 +382,7 @@ def _views(names: Sequence[str]) -> tuple[_View, ...]:
 
 def _views_of(name: str) -> list[_View]:
     kind, _, share_text = name.partition(":")
-    if kind not in VIEWS or (share_text and kind in ("whole", "mirror")):
+    if kind not in VIEWS or (share_text and kind in ("whole", "mirror", "pad")):
         raise ConfigError(f"view {name!r} is not known: use {', '.join(VIEWS)}, or crop:SHARE and corners:SHARE")
     try:
         share = float(share_text) if share_text else CROP_SHARE
@@ -370,7 +392,8 @@ def _views_of(name: str) -> list[_View]:
         raise ConfigError(f"view {name!r} keeps {share_text!r} of the shorter side: use 0.1 to below 1")
     if kind == "corners":
         return [_View(share, across, down) for down in (0.0, 1.0) for across in (0.0, 1.0)]
-    return [{"whole": _View(), "mirror": _View(mirrored=True), "crop": _View(share)}[kind]]
+    views = {"whole": _View(), "mirror": _View(mirrored=True), "crop": _View(share), "pad": _View(padded=True)}
+    return [views[kind]]
 
 
 _making_lock = threading.Lock()  # threads that want the same file wait for the first of them
@@ -378,12 +401,13 @@ _making_lock = threading.Lock()  # threads that want the same file wait for the 
 
 @dataclass(frozen=True)
 class Member:
-    """One backbone of an encoder: at which size, with which weights."""
+    """One backbone of an encoder: at which size, with which weights, and how it frames a photo unless told."""
 
     source: str  # a backbone's name or a checkpoint's folder: how another process finds it
     backbone: Backbone
     image_size: int
     checkpoint: Path | None = None
+    framing: _View = _View()
 
     @property
     def dim(self) -> int:
@@ -391,13 +415,17 @@ class Member:
 
     def squares(self, views: Sequence[_View]) -> list[Square]:
         """What it is shown: as its pretrained weights were tested; a model trained here sees what training cut out."""
-        if self.checkpoint is not None:
-            return [Square(self.image_size, view.share, view.across, view.down, view.mirrored) for view in views]
-        crop, resampling = self.backbone.crop, self.backbone.resampling
-        return [
-            Square(self.image_size, crop * view.share, view.across, view.down, view.mirrored, resampling)
-            for view in views
-        ]
+        crop, resampling = (
+            (self.backbone.crop, self.backbone.resampling) if self.checkpoint is None else (1.0, "bilinear")
+        )
+        return [self._square(view, crop, resampling) for view in views]
+
+    def _square(self, view: _View, crop: float, resampling: Resampling) -> Square:
+        frame = view if view.is_framing else self.framing
+        share = crop * frame.share
+        return Square(
+            self.image_size, share, frame.across, frame.down, view.mirrored, frame.padded, resampling=resampling
+        )
 
     def build(self) -> nn.Module:
         if self.checkpoint is None:
@@ -455,7 +483,7 @@ def read_plan(name_or_checkpoint: str) -> Plan:
     """Which backbones make the encoder of this name or checkpoint folder; raises as `load_encoder` does."""
     if name_or_checkpoint in ENCODERS:
         return Plan(name_or_checkpoint, tuple(map(_pretrained, ENCODERS[name_or_checkpoint])))
-    if name_or_checkpoint in BACKBONES or name_or_checkpoint.startswith(EXTRA_PREFIXES):
+    if name_or_checkpoint.partition("@")[0] in BACKBONES or name_or_checkpoint.startswith(EXTRA_PREFIXES):
         return Plan(name_or_checkpoint, (_pretrained(name_or_checkpoint),))
     folder = Path(name_or_checkpoint)
     if not folder.is_dir():
@@ -477,10 +505,15 @@ def read_plan(name_or_checkpoint: str) -> Plan:
 
 
 def _pretrained(name: str) -> Member:
+    """Of a backbone's name, followed by @ and a view where it is to frame photos in a way of its own."""
+    name, _, view = name.partition("@")
     backbone = get_backbone(name)
     if not backbone.pretrained:
         raise ConfigError(f"{name} has no weights of its own: train it first, then name the checkpoint")
-    return Member(name, backbone, backbone.image_size)
+    framings = _views_of(view or "whole")
+    if len(framings) > 1:
+        raise ConfigError(f"{name}@{view} shows {len(framings)} squares: a backbone frames a photo in one way")
+    return Member(name, backbone, backbone.image_size, framing=framings[0])
 
 
 def _fused_forward(members: Sequence[Member], forwards: Sequence[Forward], views: Sequence[_View]) -> Forward:

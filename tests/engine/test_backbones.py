@@ -49,7 +49,7 @@ def test_conv4_has_the_classic_dimension():
 def test_named_encoders_and_trainable_backbones_are_in_the_table():
     assert set(TRAINABLE_BACKBONES) <= BACKBONES.keys()
     for members in ENCODERS.values():
-        assert all(BACKBONES[name].pretrained for name in members)
+        assert all(BACKBONES[name.partition("@")[0]].pretrained for name in members)
 
 
 def test_resnet12_is_the_network_of_easyfsl():

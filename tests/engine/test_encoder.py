@@ -90,7 +90,8 @@ def test_the_export_agrees_with_torch(name, side, tmp_path):
 
 @pytest.mark.parametrize("name", ENCODERS["accurate"])
 def test_the_pretrained_encoders_agree_with_torch(name, accurate, exported):
-    backbone, encoder = get_backbone(name), load_encoder(name, cache_dir=exported, threads=1, device="cpu")
+    backbone = get_backbone(name.partition("@")[0])
+    encoder = load_encoder(name, cache_dir=exported, threads=1, device="cpu")
     pixels = random_pixels(2, backbone.image_size)
     expected = by_torch(backbone, backbone.build(), pixels)
     np.testing.assert_allclose(encoder.encode(pixels), expected, atol=1e-3 * np.abs(expected).max())
@@ -113,7 +114,31 @@ def test_a_row_holds_the_squares_one_after_another(accurate, photos):
     row = accurate.prepare(photos[0])
     assert row.shape == accurate.input_shape == (3 * (224**2 + 240**2 + 260**2),)
     np.testing.assert_array_equal(row[-3 * 260**2 :].reshape(260, 260, 3), preprocess(photos[0], 260))
-    assert accurate.needs_side == 260
+    assert accurate.squares == (Square(224, 0.8), Square(240, padded=True), Square(260))
+    assert accurate.needs_side == 280
+
+
+def test_a_padded_square_holds_the_whole_photo_between_bars_of_its_mean():
+    image = Image.new("RGB", (40, 20), (200, 0, 0))
+    image.paste((0, 0, 100), (20, 0, 40, 20))
+    square = Square(20, padded=True).cut(image)
+    assert (square[5:15, :9] == (200, 0, 0)).all()
+    assert (square[5:15, 11:] == (0, 0, 100)).all()
+    assert (np.abs(square[:5].astype(int) - (100, 0, 50)) <= 1).all()
+    assert (square[15:] == square[0, 0]).all()
+    np.testing.assert_array_equal(
+        Square(20, padded=True).cut(image.resize((20, 20))), Square(20).cut(image.resize((20, 20)))
+    )
+
+
+def test_a_view_that_frames_replaces_the_backbones_own_and_a_mirror_keeps_it(accurate, exported):
+    mirrored = load_encoder("accurate", cache_dir=exported, threads=1, device="cpu", views=("mirror",))
+    cropped = load_encoder("accurate", cache_dir=exported, threads=1, device="cpu", views=("crop:0.5",))
+    assert [square.padded for square in mirrored.squares] == [False, True, False]
+    assert all(square.mirrored for square in mirrored.squares)
+    assert [square.share for square in cropped.squares] == [0.5, 0.5, 0.5]
+    with pytest.raises(ConfigError, match="4 squares"):
+        load_encoder("efficientnet-lite0@corners", cache_dir=exported)
 
 
 def test_a_corner_or_a_crop_is_what_its_name_says():
@@ -131,6 +156,7 @@ def test_a_corner_or_a_crop_is_what_its_name_says():
         (("whole", "mirror"), [Square(32), Square(32, mirrored=True)]),
         (("whole", "crop"), [Square(32), Square(32, 0.8)]),
         (("crop:0.5",), [Square(32, 0.5)]),
+        (("whole", "pad"), [Square(32), Square(32, padded=True)]),
         (("corners:0.6",), [Square(32, 0.6, across, down) for down in (0.0, 1.0) for across in (0.0, 1.0)]),
     ],
 )
