@@ -379,7 +379,18 @@ function hideWhatIsKnown() {
   for (const zone of page.querySelectorAll("#start [data-drop-zone]")) zone.hidden = isSending;
 }
 
+/** The tree scrolls by itself where it is long: the chosen category is in sight. */
+function showChosen() {
+  const tree = document.getElementById("tree");
+  const chosen = tree.querySelector("[aria-current]")?.getBoundingClientRect();
+  if (!chosen) return;
+  const box = tree.getBoundingClientRect();
+  tree.scrollLeft += chosen.left + chosen.width / 2 - (box.left + box.width / 2);
+  tree.scrollTop += chosen.top + chosen.height / 2 - (box.top + box.height / 2);
+}
+
 seeMore();
 showSelection();
+showChosen();
 const report = document.getElementById("import");
 if (report.dataset.job && !report.hasAttribute("data-over")) follow(report.dataset.job, Number(report.dataset.last));

@@ -217,6 +217,11 @@ function wireCards() {
 }
 
 function onKey(event) {
+  if (event.key === "Enter" && event.target.matches("a[data-add], a[data-replace]")) {
+    event.preventDefault(); // or the same stroke would press what has the focus in the dialog that opens
+    event.target.click();
+    return;
+  }
   if (event.key !== "Escape" || !event.target.matches(".name-input")) return;
   event.target.value = event.target.defaultValue;
   event.target.blur();

@@ -18,7 +18,7 @@ from fewshot_engine.config import ENGINE_VERSION
 from fewshot_engine.inference import verdict as engine_verdict
 from tests import factories
 from webapp.accounts.models import User
-from webapp.labelsets import results, services
+from webapp.labelsets import cards, results, services
 from webapp.labelsets.models import (
     Classification,
     Example,
@@ -323,13 +323,22 @@ def test_create_leads_to_the_page(owner_client: Client) -> None:
 
 def test_card_tells_its_state(kitchen: Kitchen, owner_client: Client) -> None:
     page = owner_client.get(kitchen.set.get_absolute_url()).content.decode()
-    assert "Expected accuracy 91\u00a0% ± 3" in page
+    assert "Expected accuracy 91\u00a0%\u00a0±\u00a03" in page
     assert "expected 95\u00a0%" in page
     assert "2 of 1–10" in page
     assert "Learning…" not in page
     services.add_examples(kitchen.mango, [factories.make_photo(kitchen.collection)])
     page = owner_client.get(kitchen.url("labels", kitchen.set.pk)).content.decode()
     assert page.count("Learning…") == 2  # the set, and the label that changed; Papaya keeps what is known of it
+
+
+@pytest.mark.parametrize(
+    ("expected", "ci", "said"),
+    [(0.75, 0.222, "75\u00a0%\u00a0±\u00a022"), (1.0, 0.2, "80–100\u00a0%"), (0.5, None, "50\u00a0%")],
+)
+def test_no_expectation_reaches_beyond_a_hundred_percent(expected: float, ci: float | None, said: str) -> None:
+    chip = cards.set_health(PrototypeSet(health={"expected": expected, "ci": ci}), 9)
+    assert chip is not None and chip.text == f"Expected accuracy {said}"
 
 
 def test_card_tells_whom_it_mixes_with(kitchen: Kitchen, owner_client: Client) -> None:

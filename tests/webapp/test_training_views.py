@@ -108,6 +108,23 @@ def end(claim: jobs.Claim, run: TrainingRun, *, best: float, recommends: str) ->
     return model
 
 
+def test_the_final_figure_is_that_of_classes_used_for_nothing_else(run: TrainingRun, owner_client: Client) -> None:
+    claim = begin(run)
+    event = {"best": score(0.9), "baseline": score(0.6), "recommends": "trained", "notes": []}
+    tested = {"test": score(0.81), "test_baseline": score(0.7)}
+    services.save_model(claim, run, folder="runs/x/model", card=event | tested, event=event)
+    jobs.finish(claim, Job.State.SUCCEEDED, message="Finished.")
+    page = owner_client.get(run.get_absolute_url()).content.decode()
+    assert "81.0\u00a0% ± 1.0" in page and "70.0\u00a0% ± 1.0" in page
+    assert "11.0 above the untrained backbone" in page
+    assert "90.0\u00a0% ± 1.0" not in page
+
+
+def test_a_gain_within_the_noise_is_no_yes(run: TrainingRun, owner_client: Client) -> None:
+    end(begin(run), run, best=0.613, recommends="trained")  # each score is ± 1.0
+    assert "Hardly." in owner_client.get(run.get_absolute_url()).content.decode()
+
+
 PAGES = ["run", "panel", "curves"]
 GESTURES = ["cancel", "continue", "rename"]
 

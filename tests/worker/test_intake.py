@@ -18,7 +18,7 @@ from webapp.jobs.models import Job
 from webapp.jobs.services import claim, create_job, wake
 from webapp.library import services
 from webapp.library.models import Blob, Collection, Embedding, Import, ImportFile, Photo
-from webapp.training.models import ACCURATE, DEFAULT_ENCODER, FAST
+from webapp.training.models import ACCURATE, DEFAULT_ENCODER
 from worker import vectors
 from worker.intake import embed_missing
 from worker.tasks import run_job
@@ -277,7 +277,7 @@ def test_fused_vectors_are_those_of_the_members_side_by_side(owner: User) -> Non
     assert there.tolist() == [False, True, True]
     expected = np.concatenate([np.eye(4)[n] for n in range(3)]) / np.sqrt(3)
     np.testing.assert_allclose(fused, [expected, expected], rtol=1e-6)
-    there, raw = vectors.read(FAST, blobs)
+    there, raw = vectors.read(lite0, blobs)
     assert there.all() and raw[0].tolist() == [2, 0, 0, 0]
 
 

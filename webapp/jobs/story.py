@@ -60,7 +60,8 @@ def _failed(data: Data) -> list[str]:
 
 
 def _started(data: Data) -> list[str]:
-    plan, held_out = data["plan"], len(data["plan"].get("validation_classes", ()))
+    plan = data["plan"]
+    held_out = len(plan.get("validation_classes", ())) + len(plan.get("test_classes", ()))
     classes = held_out + len(plan.get("base_classes", ()))
     if data.get("resumed_at"):
         return [_("Going on from episode %(n)s.") % {"n": figure(data["resumed_at"])}]

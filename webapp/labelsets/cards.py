@@ -131,11 +131,18 @@ def set_health(learned: PrototypeSet | None, example_count: int) -> Chip | None:
     expected = learned.health.get("expected") if learned else None
     if learned is None or expected is None:
         return Chip("", "info", _("Accuracy not known yet"))
-    interval = learned.health.get("ci")
-    text = _("Expected accuracy %(share)s") % {"share": f"{round(100 * expected)}\u00a0%"}
-    if interval:
-        text += f" ± {max(1, round(100 * interval))}"
+    text = _("Expected accuracy %(share)s") % {"share": _with_interval(expected, learned.health.get("ci"))}
     return Chip("good", "check", text) if expected >= 0.8 else Chip("warn", "warning", text)
+
+
+def _with_interval(expected: float, margin: float | None) -> str:
+    """ "75 % ± 4"; where that would reach beyond 100 %, the range that is left: "80–100 %"."""
+    share, around = round(100 * expected), max(1, round(100 * margin)) if margin else 0
+    if not around:
+        return f"{share}\u00a0%"
+    if share + around > 100:
+        return f"{max(0, share - around)}–100\u00a0%"
+    return f"{share}\u00a0%\u00a0±\u00a0{around}"
 
 
 def with_counts(user: User) -> Any:

@@ -123,11 +123,6 @@ class TrainingRun(models.Model):
     def folder(self) -> str:
         return f"runs/{self.pk}"
 
-    @property
-    def baseline_episodes(self) -> int:
-        """How many episodes every score of the run is made on."""
-        return int((self.baseline or {}).get("episodes", 0))
-
     def train_config(self) -> TrainConfig:
         return TrainConfig.from_dict(self.config)
 

@@ -103,21 +103,39 @@ class RunReport:
     def chance(self) -> str:
         return percent(1 / (self.run.baseline or self.run.config["episode"])["way"])
 
+    @cached_property
+    def _tested(self) -> dict[str, Any]:
+        """What a finished run says of classes that were used for nothing else, where there were enough of them."""
+        card: dict[str, Any] = self.run.model.card if self.run.model else {}
+        return card if card.get("test") and card.get("test_baseline") else {}
+
+    @property
+    def score(self) -> dict[str, Any] | None:
+        """The figure to quote: of the test classes, else the best on the validation classes."""
+        found: dict[str, Any] | None = self._tested.get("test") or self.run.best
+        return found
+
+    @property
+    def untrained(self) -> dict[str, Any] | None:
+        """The backbone before any training, on the episodes of `score`."""
+        found: dict[str, Any] | None = self._tested.get("test_baseline") or self.run.baseline
+        return found
+
     @property
     def accuracy(self) -> str:
-        return figure(100 * self.run.best["accuracy"], 1) if self.run.best else ""
+        return figure(100 * self.score["accuracy"], 1) if self.score else ""
 
     @property
     def ci95(self) -> str:
-        return figure(100 * self.run.best["ci95"], 1) if self.run.best else ""
+        return figure(100 * self.score["ci95"], 1) if self.score else ""
 
     @property
     def best_text(self) -> str:
-        return plus_minus(self.run.best) if self.run.best else ""
+        return plus_minus(self.score) if self.score else ""
 
     @property
     def baseline_text(self) -> str:
-        return plus_minus(self.run.baseline) if self.run.baseline else ""
+        return plus_minus(self.untrained) if self.untrained else ""
 
     @property
     def baseline_percent(self) -> str:
@@ -133,10 +151,10 @@ class RunReport:
         played = self.run.baseline or self.run.config["episode"]
         name = _("adapted") if self.config.kind == "adapt" else _("trained")
         rows = []
-        if self.run.best:
-            rows.append(("tone-1", name, f"{100 * self.run.best['accuracy']:.1f}", self.best_text))
-        if self.run.baseline:
-            width = f"{100 * self.run.baseline['accuracy']:.1f}"
+        if self.score:
+            rows.append(("tone-1", name, f"{100 * self.score['accuracy']:.1f}", self.best_text))
+        if self.untrained:
+            width = f"{100 * self.untrained['accuracy']:.1f}"
             rows.append(("tone-4", _("untrained"), width, self.baseline_text))
         rows.append(("tone-faint", _("guessing"), f"{100 / played['way']:.1f}", self.chance))
         return rows
@@ -144,14 +162,15 @@ class RunReport:
     @property
     def class_count(self) -> int:
         plan = self.run.plan
-        return len(set(plan.get("base_classes", ())) | set(plan.get("validation_classes", ())))
+        kinds = ("base_classes", "validation_classes", "test_classes")
+        return len({name for kind in kinds for name in plan.get(kind, ())})
 
     @property
     def gain(self) -> float | None:
         """In points, over the untrained backbone."""
-        if not self.run.best or not self.run.baseline:
+        if not self.score or not self.untrained:
             return None
-        return 100 * float(self.run.best["accuracy"] - self.run.baseline["accuracy"])
+        return 100 * float(self.score["accuracy"] - self.untrained["accuracy"])
 
     @property
     def gain_text(self) -> str:
@@ -170,7 +189,14 @@ class RunReport:
 
     @property
     def held_out(self) -> list[str]:
-        return [] if self.is_optimistic else list(self.run.plan.get("validation_classes", ()))
+        """The classes that are never trained on; `test_classes` are among them."""
+        validation = [] if self.is_optimistic else list(self.run.plan.get("validation_classes", ()))
+        return validation + self.test_classes
+
+    @property
+    def test_classes(self) -> list[str]:
+        """Those that were used for nothing but the final figure."""
+        return list(self.run.plan.get("test_classes", ()))
 
     @property
     def left_out(self) -> list[tuple[str, int]]:
@@ -226,7 +252,10 @@ class RunReport:
         events = list(told[:LOG_LINES])
         newest = next((event for event in events if event.type == "evaluation"), None)
         kept = [e for e in events if e.type != "evaluation" or e.data.get("best") or e is newest]
-        return tell(reversed(kept))
+        lines: dict[str, Line] = {}
+        for line in tell(reversed(kept)):
+            lines.setdefault(line.text, line)  # what the end says again is said once
+        return list(lines.values())
 
     @property
     def warnings(self) -> int:
@@ -250,7 +279,11 @@ class RunReport:
                 ),
                 "warn",
             )
-        words = {"points": figure(abs(self.gain), 1), "n": self.run.baseline_episodes, "way_shot": self.way_shot}
+        words = {
+            "points": figure(abs(self.gain), 1),
+            "n": int((self.untrained or {}).get("episodes", 0)),
+            "way_shot": self.way_shot,
+        }
         if self.gain <= 0:
             return Verdict(
                 _("Not so far"),
@@ -258,7 +291,8 @@ class RunReport:
                 "warn",
             )
         text = _("%(points)s points over the backbone as it came, on the same %(n)d episodes of %(way_shot)s.") % words
-        if self.gain <= 100 * self.run.best["ci95"]:  # type: ignore[index]  # a gain has a best
+        margin = 100 * math.hypot(self.score["ci95"], self.untrained["ci95"])  # type: ignore[index]  # a gain has both
+        if self.gain <= margin:
             return Verdict(
                 _("Hardly") if is_done else _("Hardly so far"), text + " " + _("That may be chance."), "warn"
             )
