@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fewshot_engine.errors import EmptyClassError
+from fewshot_engine.errors import ConfigError, EmptyClassError
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a label set answers, once its photos are embeddings.
+
+    Attributes:
+        metric: the cosine to prototypes refined by ridge regression (`ridge.py`), the cosine to class means (Vinyals et
+            al. 2016), or the squared Euclidean distance to class means (Snell et al. 2017); all of L2-normalised
+            embeddings.
+        centred: what the labels have in common is subtracted first, see `ridge.support_centre`; a centre that is given
+            takes its place.
+        prototypes: at most how many prototypes a class has, see `split_classes_in_groups`; 1 with ridge regression.
+    """
+
+    metric: Literal["ridge", "cosine", "euclidean"] = "ridge"
+    centred: bool = True
+    prototypes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("ridge", "cosine", "euclidean"):
+            raise ConfigError(f"metric is {self.metric!r}: it is ridge, cosine or euclidean")
+        if not 1 <= self.prototypes <= 10:
+            raise ConfigError(f"prototypes is {self.prototypes}: a class has 1 to 10")
+        if self.metric == "ridge" and self.prototypes > 1:
+            raise ConfigError(f"prototypes is {self.prototypes}: ridge regression makes one a class")
 
 
 def compute_prototypes(embeddings: FloatArray, labels: IntArray, n_way: int) -> FloatArray:
@@ -83,3 +110,47 @@ def cosine_prototypes(embeddings: FloatArray, labels: IntArray, n_way: int) -> F
     Raises: as `compute_prototypes`.
     """
     return l2_normalise(compute_prototypes(l2_normalise(embeddings), labels, n_way))
+
+
+def split_classes_in_groups(
+    embeddings: FloatArray, labels: IntArray, n_way: int, per_class: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Groups of examples for several prototypes a class: k-means within each, without chance.
+
+    A class is split in as many groups as leave three examples for each on average, at most `per_class`. The first seed
+    is the example nearest the class mean, each further one the example farthest from the seeds before it.
+
+    Args:
+        embeddings: (n, dim), L2-normalised.
+        labels: (n,), integers in [0, n_way), none without an example.
+
+    Returns:
+        (n,) the group of each example, numbered class by class, and (n_groups,) the class of each group. No group is
+        empty.
+    """
+    groups = np.zeros(len(labels), dtype=np.int64)
+    class_of: list[int] = []
+    for label in range(n_way):
+        rows = np.flatnonzero(labels == label)
+        own = _kmeans(embeddings[rows], max(1, min(per_class, len(rows) // 3)))
+        found, own = np.unique(own, return_inverse=True)
+        groups[rows] = len(class_of) + own
+        class_of += [label] * len(found)
+    return groups, np.array(class_of, dtype=np.int64)
+
+
+def _kmeans(photos: FloatArray, k: int, *, iterations: int = 20) -> npt.NDArray[np.int64]:
+    """(n, dim) -> (n,) in [0, k): spherical k-means (Dhillon and Modha 2001) from seeds far apart."""
+    seeds = [int((photos @ photos.mean(axis=0)).argmax())]
+    while len(seeds) < k:
+        seeds.append(int((photos @ photos[seeds].T).max(axis=1).argmin()))
+    centres = photos[seeds]
+    nearest: npt.NDArray[np.int64] = (photos @ centres.T).argmax(axis=1)
+    for _ in range(iterations):
+        sums = one_hot(nearest, k, photos.dtype).T @ photos
+        empty = np.bincount(nearest, minlength=k) == 0
+        centres = np.where(empty[:, None], centres, l2_normalise(sums))
+        before, nearest = nearest, (photos @ centres.T).argmax(axis=1)
+        if (nearest == before).all():
+            break
+    return nearest

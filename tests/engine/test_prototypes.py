@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 
-from fewshot_engine.errors import EmptyClassError
+from fewshot_engine.errors import ConfigError, EmptyClassError
 from fewshot_engine.prototypes import (
+    Rule,
     compute_prototypes,
     cosine_prototypes,
     cosine_similarity,
     l2_normalise,
+    split_classes_in_groups,
     squared_euclidean,
 )
 
@@ -56,3 +58,42 @@ def test_distances_by_hand():
 
 def test_zero_vectors_stay_zero():
     np.testing.assert_array_equal(l2_normalise(np.zeros((2, 3))), 0)
+
+
+def two_kinds(seed=0):
+    """Class 0 around two axes, class 1 around one, class 2 of two photos; L2-normalised."""
+    noise = 0.05 * np.random.default_rng(seed).normal(size=(17, 8))
+    return l2_normalise(np.eye(8)[[0] * 5 + [1] * 5 + [2] * 5 + [3] * 2] + noise), np.repeat([0, 1, 2], [10, 5, 2])
+
+
+def test_groups_find_the_kinds_within_a_class():
+    photos, labels = two_kinds()
+    groups, class_of = split_classes_in_groups(photos, labels, 3, 2)
+    assert len(set(groups[:5])) == len(set(groups[5:10])) == 1 and groups[0] != groups[5]
+    np.testing.assert_array_equal(class_of[groups], labels)
+    assert (class_of == 2).sum() == 1  # two photos are not split
+    assert set(groups) == set(range(len(class_of)))
+
+
+def test_the_order_of_examples_does_not_change_their_groups():
+    photos, labels = two_kinds()
+    order = np.random.default_rng(1).permutation(len(labels))
+    groups, _ = split_classes_in_groups(photos, labels, 3, 3)
+    shuffled, _ = split_classes_in_groups(photos[order], labels[order], 3, 3)
+    together = groups[:, None] == groups
+    np.testing.assert_array_equal(shuffled[:, None] == shuffled, together[np.ix_(order, order)])
+
+
+def test_one_prototype_a_class_is_one_group_a_class():
+    photos, labels = two_kinds()
+    groups, class_of = split_classes_in_groups(photos, labels, 3, 1)
+    np.testing.assert_array_equal(groups, labels)
+    np.testing.assert_array_equal(class_of, [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "options", [{"metric": "manhattan"}, {"prototypes": 0}, {"prototypes": 2}, {"metric": "cosine", "prototypes": 11}]
+)
+def test_a_rule_checks_itself(options):
+    with pytest.raises(ConfigError):
+        Rule(**options)
