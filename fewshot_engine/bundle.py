@@ -36,19 +36,28 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-def square(photo, side, share, resampling):
-    photo = photo.convert("RGB")
+def square(photo, side, share, padded, resampling):
+    photo, how = photo.convert("RGB"), Image.Resampling[resampling.upper()]
+    if padded:  # all of the photo, between two bars of its mean colour
+        size = [max(1, round(length * side / max(photo.size))) for length in photo.size]
+        whole = np.asarray(photo.resize(size, how, reducing_gap=2.0))
+        left, top = (side - size[0]) // 2, (side - size[1]) // 2
+        pixels = np.empty((side, side, 3), np.uint8)
+        pixels[:] = whole.mean(axis=(0, 1))
+        pixels[top : top + size[1], left : left + size[0]] = whole
+        return pixels
     cut = min(photo.size) * share
     left, top = (photo.width - cut) / 2, (photo.height - cut) / 2
-    box = (left, top, left + cut, top + cut)
-    return np.asarray(photo.resize((side, side), Image.Resampling[resampling.upper()], box=box, reducing_gap=2.0))
+    return np.asarray(photo.resize((side, side), how, box=(left, top, left + cut, top + cut), reducing_gap=2.0))
 
 model = json.load(open("model.json"))
 session = onnxruntime.InferenceSession("model.onnx")
 
 def embed(photos):
     return session.run(None, {{
-        one["name"]: np.stack([square(photo, one["side"], one["share"], one["resampling"]) for photo in photos])
+        one["name"]: np.stack([
+            square(photo, one["side"], one["share"], one["padded"], one["resampling"]) for photo in photos
+        ])
         for one in model["inputs"]
     }})[0]
 
@@ -143,6 +152,7 @@ def _describe(plan: Plan, encoder: Encoder, names: list[str], graph: Path) -> di
                 "name": name,
                 "side": square.size,
                 "share": square.share,
+                "padded": square.padded,
                 "resampling": square.resampling,
                 "backbone": member.backbone.name,
                 "licence": member.backbone.licence,

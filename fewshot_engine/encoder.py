@@ -44,6 +44,9 @@ Float32Array = npt.NDArray[np.float32]
 Forward = Callable[[UInt8Array], Float32Array]
 
 CPU_BATCH = 16
+# What ONNX Runtime is given at once: more activations than fit the cache cost a quarter of the speed. Processor time of
+# a photo in runs of 1, 2, 4, 8, 16: Lite0 4.2, 4.4, 4.6, 5.1, 5.5 ms; Lite2 10.0, 9.8, 10.6, 12.4, 13.6 ms.
+SQUARES_A_THREAD = 2
 GPU_BATCH = 128
 
 VIEWS = ("whole", "mirror", "crop", "corners", "pad")
@@ -558,8 +561,10 @@ def _default_device() -> str:
 def _onnx_forward(path: Path, threads: int) -> Forward:
     import onnxruntime
 
+    threads = threads or os.cpu_count() or 1
+    at_once = SQUARES_A_THREAD * threads
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or (os.cpu_count() or 1)
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Idle threads that spin would take the cores that decoding and the site need.
@@ -567,9 +572,8 @@ def _onnx_forward(path: Path, threads: int) -> Forward:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def forward(pixels: UInt8Array) -> Float32Array:
-        batches = [pixels[start : start + CPU_BATCH] for start in range(0, len(pixels), CPU_BATCH)]
-        embeddings = [session.run(None, {"pixels": np.ascontiguousarray(batch)})[0] for batch in batches]
-        return np.concatenate(embeddings)
+        parts = [pixels[start : start + at_once] for start in range(0, len(pixels), at_once)]
+        return np.concatenate([session.run(None, {"pixels": np.ascontiguousarray(part)})[0] for part in parts])
 
     return forward
 

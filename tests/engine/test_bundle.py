@@ -78,6 +78,7 @@ def test_a_bundle_of_a_network_trained_here_has_no_recipe(photos, tmp_path):
         "name": "pixels",
         "side": 32,
         "share": 1.0,
+        "padded": False,
         "resampling": "bilinear",
         "backbone": "conv4",
         "licence": "",
