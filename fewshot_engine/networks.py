@@ -53,10 +53,9 @@ class Network:
         self.at_once: int | None = None  # photos that go through the network together; all of a step's when None
         self.asked = 0  # photos of the last step
         self.frozen_statistics = entry.pretrained  # an episode's few classes would make poor ones
-        wanted = config.total_episodes >= COMPILE_FROM if config.compiled is None else config.compiled
         self.inputs: Callable[..., Tensor] = network_inputs
         self.running: Callable[[Tensor], Tensor] = self.net
-        if wanted and device.type == "cuda":
+        if device.type == "cuda" and worth_compiling(config):
             self.inputs = torch.compile(network_inputs)
             self.running = torch.compile(self.net)
 
@@ -193,6 +192,11 @@ class Network:
         return nullcontext(), _statistics_kept(self.net)
 
 
+def worth_compiling(config: TrainConfig) -> bool:
+    """Whether a GPU run is long enough to gain back what is spent on making its steps fast, or is told that it is."""
+    return config.total_episodes >= COMPILE_FROM if config.compiled is None else config.compiled
+
+
 DRAWS = 8  # random numbers that `augment` takes for each photo
 
 
@@ -264,15 +268,15 @@ def _normalisations(net: nn.Module) -> list[nn.BatchNorm2d]:
 
 @contextmanager
 def _statistics_kept(net: nn.Module) -> Iterator[None]:
-    """Batch normalisation by the batch, as ever, without adding it to the running statistics."""
-    modules = [module for module in _normalisations(net) if module.track_running_stats]
-    for module in modules:
-        module.track_running_stats = False
+    """Batch normalisation by the batch, as ever, without moving the running statistics."""
+    momenta = [(module, module.momentum) for module in _normalisations(net)]
+    for module, _ in momenta:
+        module.momentum = 0.0
     try:
         yield
     finally:
-        for module in modules:
-            module.track_running_stats = True
+        for module, momentum in momenta:
+            module.momentum = momentum
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -35,7 +35,7 @@ from fewshot_engine.datasets import (
 from fewshot_engine.episodes import EpisodeSampler
 from fewshot_engine.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from fewshot_engine.evaluation import Score, episode_accuracies
-from fewshot_engine.networks import Network
+from fewshot_engine.networks import Network, worth_compiling
 from fewshot_engine.optimisers import Average, Optimiser, rate_share
 from fewshot_engine.pretraining import FIRST_SCALE, Pretraining
 from fewshot_engine.recipes import load_model, save_model
@@ -174,7 +174,7 @@ def meta_train(
         TrainingDiverged: the loss is no number; the last checkpoint is from before.
     """
     checkpoint = Path(checkpoint)
-    with _limited_threads(threads or (1 if config.kind == "adapt" else None)), _fastest_convolutions():
+    with _limited_threads(threads or (1 if config.kind == "adapt" else None)), _fastest_convolutions(config):
         run = _Run(config, data, _chosen_device(config, device))
         if init_from is not None:
             run.begin_from(Path(init_from))
@@ -847,10 +847,10 @@ def _limited_threads(threads: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _fastest_convolutions() -> Iterator[None]:
-    """Let cuDNN try its algorithms on the shapes at hand; a run has few of them and meets them often."""
+def _fastest_convolutions(config: TrainConfig) -> Iterator[None]:
+    """Let cuDNN try its algorithms on the shapes of a long run: few shapes, met often."""
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = config.kind == "full" and worth_compiling(config)
     try:
         yield
     finally:
