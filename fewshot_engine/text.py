@@ -410,7 +410,9 @@ def _make_concepts(path: Path, backbones: Sequence[str]) -> None:
         return
     command = [sys.executable, "-m", "fewshot_engine.text", str(path), *backbones]
     root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    # One thread: on a busy machine several wait for each other by spinning, and take ten times as long.
+    environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603
     if done.returncode == 2:
         raise WeightsMissing(done.stderr.strip())

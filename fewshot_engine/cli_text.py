@@ -1,0 +1,311 @@
+"""`zero-shot` and `project` of the command line: photos sorted by names, and embeddings as a map."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from fewshot_engine.checkpoints import write_atomically
+from fewshot_engine.cli_evaluate import Embedded, embed_images, print_json, say
+from fewshot_engine.datasets import PHOTO_SUFFIXES, LabelledImages, from_folder
+from fewshot_engine.errors import ConfigError, DataError
+from fewshot_engine.inference import Predictions, classify, fit, verdict
+from fewshot_engine.projection import Method, project
+from fewshot_engine.prototypes import FloatArray
+from fewshot_engine.text import (
+    TextLabel,
+    TextPredictions,
+    TextPrototypes,
+    fuse_with_shots,
+    fusion_weight,
+    load_concepts,
+    text_logits,
+    text_prototypes,
+    zero_shot,
+)
+from fewshot_engine.weights import default_cache_dir
+
+LEFT_OUT_AT_MOST = 100  # examples, by which the names' weight is chosen; more change nothing
+
+ZERO_SHOT_HELP = """\
+Sorts the photos of DIR by the names of labels alone: no examples, no network. A photo is compared through the 1,000
+names that the encoder's classifier knows, so everyday things work and fine distinctions come out near chance. What is
+expected of the names, and what they cannot tell apart, is said on standard error.
+
+  python -m fewshot_engine zero-shot holiday/ --labels "beach: sea and sand" mountain "food: a dish on a plate"
+
+prints a line for each photo, in any order of folders:
+{"path": …, "label": "beach", "confidence": 0.81, "distance": 0.62, "stranger": 0.17, "top_k": […], "verdict": "known"}
+
+  confidence  how sure the label is, given that the photo is one of the labels; a probability
+  distance    between the photo's and the label's shares of the 1,000 names; with --support as in `classify`
+  stranger    the probability that it is none of the labels; from names alone a weak guess
+  verdict     known, unsure, none (of the labels) or refused (no photo; "reason" says why)
+
+With --support, a folder of examples for each label, names and examples answer together; the more examples, the less
+the names count. Where DIR has folders that are called as the labels are, the accuracy is told beside chance.
+"""
+PROJECT_HELP = """\
+Draws embeddings as points on a plane, like beside like.
+
+  python -m fewshot_engine embed photos/ --out photos.npz
+  python -m fewshot_engine project photos.npz --method tsne --out map.json
+
+A .json file holds {"method": "tsne", "seed": 0, "points": [{"path": …, "class": "beach", "x": -0.31, "y": 0.74}, …]},
+a .csv file the columns path, class, x and y. Both directions run from -1 to 1 at most, in equal units.
+
+  pca    seconds; keeps the large shapes
+  umap   keeps neighbourhoods; compiles itself for about 40 s before it begins
+  tsne   keeps neighbourhoods; half a minute for 5,000 photos
+
+prints {"photos": 120, "method": "tsne", "out": "map.json", "seconds": 3.1, "refused": [{"path": …, "reason": …}]}
+"""
+
+
+def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the two commands to the engine's parser."""
+    by_name = _add(subparsers, "zero-shot", "sort photos by the names of labels, without examples", ZERO_SHOT_HELP)
+    by_name.add_argument("folder", type=Path, metavar="DIR", help="photos to sort, in any folders")
+    by_name.add_argument(
+        "--labels", nargs="+", required=True, metavar="LABEL", help='a name, or "name: description" in everyday words'
+    )
+    by_name.add_argument("--support", type=Path, metavar="DIR", help="examples, in a folder for each label")
+    by_name.add_argument("--top-k", type=_positive, default=3, metavar="K", help="labels to list for each photo (3)")
+    by_name.add_argument(
+        "--mode",
+        choices=("inductive", "batch"),
+        default="inductive",
+        help="batch lets photos that look alike agree: for folders with several photos of most labels",
+    )
+    _add_encoder(by_name)
+    by_name.set_defaults(run=_zero_shot)
+
+    plane = _add(subparsers, "project", "a map of embeddings: PCA, UMAP or t-SNE", PROJECT_HELP)
+    plane.add_argument("source", type=Path, metavar="DIR|FILE.npz", help="class folders, or what `embed` wrote")
+    plane.add_argument("--method", choices=get_args(Method), default="pca", help="pca")
+    plane.add_argument("--out", type=Path, required=True, metavar="FILE.json|FILE.csv")
+    plane.add_argument("--seed", type=int, default=0)
+    plane.add_argument("--level", default="leaf", help="which folders are the classes: leaf, top or 1, 2… (leaf)")
+    _add_encoder(plane)
+    plane.set_defaults(run=_project)
+
+
+def _add(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, explained: str
+) -> argparse.ArgumentParser:
+    return subparsers.add_parser(
+        name, help=summary, description=explained, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def _add_encoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--encoder", default="fast", metavar="fast|accurate|NAME", help="accurate takes three times as long (fast)"
+    )
+    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where what is made once is kept")
+    parser.add_argument("--device", help="cpu or cuda; a GPU is taken where there is one")
+    parser.add_argument("--json", action="store_true", help="accepted everywhere; the output is JSON in any case")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _zero_shot(options: argparse.Namespace) -> None:
+    labels = [TextLabel.parse(text) for text in options.labels]
+    if options.support is not None and options.mode == "batch":
+        raise ConfigError("--mode batch works from names alone: leave out --support, or use inductive")
+    photos = _photos_under(options.folder)
+    support = None if options.support is None else _support(options.support, labels)
+    say("Reading the names that the encoder knows; the first time takes up to half a minute.")
+    prototypes = text_prototypes(labels, load_concepts(options.cache_dir, options.encoder))
+    embedded = embed_images(photos, options.encoder, options)
+    if support is None:
+        answers = zero_shot(embedded.embeddings, prototypes, top_k=len(labels), refine=options.mode == "batch")
+    else:
+        answers = _with_examples(embedded.embeddings, prototypes, embed_images(support, options.encoder, options))
+    for row, path in enumerate(embedded.images.paths):
+        print_json({"path": path, **_answer(answers, row, labels, options.top_k)})
+    for refusal in embedded.refused:
+        print_json({**refusal, "label": None, "verdict": "refused"})
+    if support is None:
+        _say_expectations(prototypes)
+    _say_accuracy(embedded.images, answers, labels)
+
+
+def _photos_under(folder: Path) -> LabelledImages:
+    """Every photo in any depth; its class is the name of the folder that holds it."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
+    if not paths:
+        raise DataError(f"{folder} holds no photos")
+    classes = tuple(sorted({path.parent.name for path in paths}))
+    labels = np.array([classes.index(path.parent.name) for path in paths], dtype=np.int64)
+    return LabelledImages(classes, labels, tuple(map(str, paths)))
+
+
+def _support(folder: Path, labels: Sequence[TextLabel]) -> LabelledImages:
+    """The examples, with labels in the order of `labels`."""
+    found = from_folder(folder)
+    place = _places(labels)
+    own = np.array([place.get(_plain(name.rsplit("/", 1)[-1]), -1) for name in found.classes])
+    lost = [label.name for row, label in enumerate(labels) if row not in own]
+    if lost:
+        raise DataError(f"{folder} has no folder of examples for {', '.join(lost)}: every label needs one")
+    rows = np.flatnonzero(own[found.labels] >= 0)
+    names = tuple(label.name for label in labels)
+    return LabelledImages(names, own[found.labels[rows]], tuple(found.paths[row] for row in rows))
+
+
+def _with_examples(embeddings: FloatArray, prototypes: TextPrototypes, examples: Embedded) -> TextPredictions:
+    """Names and examples together, weighted by leave-one-out."""
+    support, labels, n_way = examples.embeddings, examples.images.labels, prototypes.n_way
+    model = fit(support, labels, n_way)
+    rows, left_out = _left_out(support, labels, n_way)
+    text = text_logits(support[rows], prototypes)
+    weight = fusion_weight(text, left_out, labels[rows], shots=len(labels) / n_way)
+    say(f"The names count {weight:.2f} times, the {len(labels)} examples once.")
+    confidences, distances, stranger = _all_labels(classify(model, embeddings, top_k=n_way))
+    fused = fuse_with_shots(text_logits(embeddings, prototypes), np.log(np.maximum(confidences, 1e-12)), weight)
+    order = np.argsort(-fused, axis=1, kind="stable")
+    return TextPredictions(
+        labels=order,
+        confidences=np.take_along_axis(fused, order, axis=1).astype(np.float32),
+        distances=np.take_along_axis(distances, order, axis=1),
+        stranger=stranger,
+    )
+
+
+def _left_out(
+    support: FloatArray, labels: npt.NDArray[np.int64], n_way: int
+) -> tuple[npt.NDArray[np.int64], FloatArray]:
+    """Rows of examples that have company, and the logarithms of their confidences by the set without them."""
+    rows = np.flatnonzero(np.bincount(labels, minlength=n_way)[labels] > 1)
+    rows = rows[:: -(-len(rows) // LEFT_OUT_AT_MOST) or 1]
+    logs = np.zeros((len(rows), n_way), dtype=np.float32)
+    for place, row in enumerate(rows):
+        others = np.arange(len(labels)) != row
+        model = fit(support[others], labels[others], n_way)
+        confidences, _, _ = _all_labels(classify(model, support[[row]], top_k=n_way))
+        logs[place] = np.log(np.maximum(confidences[0], 1e-12))
+    return rows, logs
+
+
+def _all_labels(answers: Predictions) -> tuple[FloatArray, FloatArray, npt.NDArray[np.float32]]:
+    """Confidences and distances by label instead of by rank, (n, n_way) each; and the strangers' probability."""
+    confidences, distances = np.empty_like(answers.confidences), np.empty_like(answers.distances)
+    np.put_along_axis(confidences, answers.labels, answers.confidences, axis=1)
+    np.put_along_axis(distances, answers.labels, answers.distances, axis=1)
+    return confidences, distances, answers.stranger
+
+
+def _answer(answers: TextPredictions, row: int, labels: Sequence[TextLabel], top_k: int) -> dict[str, Any]:
+    confidence, stranger = float(answers.confidences[row, 0]), float(answers.stranger[row])
+    top = zip(answers.labels[row], answers.confidences[row], answers.distances[row], strict=True)
+    ranked = [
+        {"label": labels[label].name, "confidence": round(float(share), 4), "distance": round(float(distance), 4)}
+        for label, share, distance in top
+    ]
+    return {
+        **ranked[0],
+        "stranger": round(stranger, 4),
+        "top_k": ranked[:top_k],
+        "verdict": verdict(confidence, stranger),
+    }
+
+
+def _say_expectations(prototypes: TextPrototypes) -> None:
+    say(
+        f"From these names about {prototypes.expected_accuracy:.0%} of photos are expected to be right; "
+        f"guessing makes {prototypes.chance:.0%}."
+    )
+    for doubt in prototypes.doubts():
+        say(doubt)
+
+
+def _say_accuracy(images: LabelledImages, answers: TextPredictions, labels: Sequence[TextLabel]) -> None:
+    """For photos in folders that are called as the labels are; nothing where there are none."""
+    place = _places(labels)
+    truth = np.array([place.get(_plain(name), -1) for name in images.classes])[images.labels]
+    known = truth >= 0
+    if known.any():
+        accuracy = float((answers.labels[known, 0] == truth[known]).mean())
+        say(
+            f"Accuracy {accuracy:.1%} on {int(known.sum())} photos in folders called as the labels are; "
+            f"chance {1 / len(labels):.1%}."
+        )
+
+
+def _places(labels: Sequence[TextLabel]) -> dict[str, int]:
+    return {_plain(label.name): row for row, label in enumerate(labels)}
+
+
+def _plain(name: str) -> str:
+    """Folder names and labels differ in case, dashes and underscores."""
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def _project(options: argparse.Namespace) -> None:
+    kind = options.out.suffix.lower()
+    if kind not in (".json", ".csv"):
+        raise ConfigError(f"--out is {options.out.name}: a map is written as .json or .csv")
+    images, embeddings, refused = _embedded(options)
+    if options.method == "umap":
+        say("UMAP compiles itself first, for about 40 s.")
+    started = time.monotonic()
+    points = project(embeddings, options.method, seed=options.seed)
+    seconds = round(time.monotonic() - started, 1)
+    rows = [
+        {"path": path, "class": images.classes[label], "x": round(float(x), 4), "y": round(float(y), 4)}
+        for path, label, (x, y) in zip(images.paths, images.labels, points, strict=True)
+    ]
+    if kind == ".json":
+        content = json.dumps({"method": options.method, "seed": options.seed, "points": rows}, ensure_ascii=False)
+    else:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, ("path", "class", "x", "y"))
+        writer.writeheader()
+        writer.writerows(rows)
+        content = table.getvalue()
+    write_atomically(options.out, content.encode())
+    print_json(
+        {
+            "photos": len(rows),
+            "method": options.method,
+            "out": str(options.out),
+            "seconds": seconds,
+            "refused": list(refused),
+        }
+    )
+
+
+def _embedded(options: argparse.Namespace) -> tuple[LabelledImages, FloatArray, Sequence[dict[str, str]]]:
+    """Of a folder, or as `embed` wrote them."""
+    if options.source.suffix.lower() != ".npz":
+        embedded = embed_images(from_folder(options.source, options.level), options.encoder, options)
+        return embedded.images, embedded.embeddings, embedded.refused
+    try:
+        with np.load(options.source, allow_pickle=False) as arrays:
+            classes, paths = tuple(map(str, arrays["classes"])), tuple(map(str, arrays["paths"]))
+            images, embeddings = LabelledImages(classes, arrays["labels"], paths), arrays["embeddings"]
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {options.source}") from error
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{options.source} is not what `embed` writes: {error}") from error
+    if embeddings.ndim != 2 or len(embeddings) != len(paths) or not np.isfinite(embeddings).all():
+        raise DataError(f"{options.source} holds embeddings of shape {embeddings.shape} for {len(paths)} photos")
+    return images, embeddings, ()
