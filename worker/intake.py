@@ -25,6 +25,7 @@ from fewshot_engine.encoder import Encoder
 from fewshot_engine.errors import ImageRefused
 from webapp.jobs.models import Job
 from webapp.jobs.services import Claim, fenced, finish, report
+from webapp.jobs.story import figure
 from webapp.labelsets.models import Intake
 from webapp.labelsets.services import photos_ready
 from webapp.library.models import Blob, Import, ImportFile
@@ -198,8 +199,16 @@ def _end(claim: Claim, batch: Import) -> None:
         final = finish_import(claim, batch)
         photos_ready(batch, [], is_last=True)
     archives.discard(batch)
-    counts = final["counts"]
-    message = (
-        _("%(accepted)d accepted, %(duplicate)d already there, %(refused)d refused, %(skipped)d left out") % counts
-    )
-    finish(claim, Job.State.SUCCEEDED, message=message)
+    finish(claim, Job.State.SUCCEEDED, message=_summary(final["counts"]))
+
+
+def _summary(counts: Mapping[str, int]) -> str:
+    """ "1,296 accepted, 2 refused": what there was none of is not said."""
+    words = {
+        "accepted": _("%(n)s accepted"),
+        "duplicate": _("%(n)s already there"),
+        "refused": _("%(n)s refused"),
+        "skipped": _("%(n)s left out"),
+    }
+    said = [text % {"n": figure(counts[name])} for name, text in words.items() if counts[name]]
+    return ", ".join(said) or _("There was nothing to take in.")
