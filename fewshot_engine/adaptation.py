@@ -1,10 +1,15 @@
-"""*Adapt*: a linear map of a frozen backbone's embeddings, in closed form first, then refined by episodes.
+"""*Adapt*: a frozen backbone's embeddings, whitened by what photos of one class differ in, then refined by episodes.
 
-The learner is what `training` drives: it gives the cosines of an episode's photos and the numbers that may change.
+A centre and a whitening in closed form come first (within-class covariance normalisation, Hatch et al. 2006), with what
+has to be chosen for them chosen by leaving base classes out; then a correction of low rank is learned from episodes, on
+embeddings that were whitened without their own class, for on those that were not there is nothing left to learn. The
+learner is what `training` drives; the finished model is a `recipes.Recipe`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,19 +19,91 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewshot_engine.config import TrainConfig
-from fewshot_engine.datasets import TrainData
+from fewshot_engine.datasets import EpisodePlan, TrainData
+from fewshot_engine.episodes import Episodes, EpisodeSampler
 from fewshot_engine.errors import ConfigError, DataError
+from fewshot_engine.recipes import familiarity_of
 
-SHRINKAGE = 3.0  # of the within-class scatter, in units of its mean eigenvalue (measured on grocery)
-RANK = 128  # of the correction that the episodes learn on top of the closed form
-TABLE_PHOTOS = 6000  # up to this many, *adapt* keeps the products of all pairs: 144 MB at most
+SHRINKAGES = (0.3, 1.0, 3.0, 10.0, 30.0)  # of the within-class scatter, in units of its mean eigenvalue
+SHARES = (1.0, 0.75, 0.5)  # of the adapted half, beside the frozen one
+AXES = 512  # of the scatter that the whitening keeps: all of them gain no more, 256 lose a tenth of a point
+RANK = 64  # of the correction that the episodes learn; 128 gains nothing
+CORRECTION_GAIN = 4.0  # scales the correction so that a learning rate of 1e-4 and a few hundred episodes suit it
+FITTED_PHOTOS = 2000  # at most, evenly over the classes: more cost seconds and hardly change the scatter
+TABLE_PHOTOS = 6000  # up to this many, the products of all pairs are kept: 144 MB at most
+
+FOLDS = 4  # of the base classes
+CHOICE_WAY, CHOICE_SHOTS, CHOICE_QUERY, CHOICE_EPISODES = 5, (1, 5), 10, 300  # of the episodes that a choice is made by
+UNFAMILIAR_SHARE = 0.02  # of the base photos, their fold of classes left out, are farther off than `familiar_from`
+
+
+@dataclass(frozen=True, eq=False)
+class Scatter:
+    """How photos of one class differ: the within-class scatter of the base classes by its principal axes.
+
+    Attributes:
+        centre: (dim,), the mean of the class means.
+        axes: (dim, r), orthonormal, by ascending eigenvalue.
+        values: (r,), the eigenvalues.
+        mean_value: of all dim eigenvalues, the zeros included.
+    """
+
+    centre: Tensor
+    axes: Tensor
+    values: Tensor
+    mean_value: Tensor
+
+    @classmethod
+    def of(cls, embeddings: Tensor, labels: Tensor) -> Scatter:
+        """From (n, dim) L2-normalised embeddings and (n,) class indices; classes count alike, whatever their size."""
+        _, index = torch.unique(labels, return_inverse=True)
+        sizes = torch.bincount(index).to(embeddings.dtype)
+        means = class_means(embeddings, index)
+        residuals = (embeddings - means[index]) / (sizes[index, None] * len(sizes)).sqrt()
+        axes, values = principal_axes(residuals, AXES)
+        mean_value = (residuals.square().sum() / embeddings.shape[1]).clamp(min=1e-12)
+        return cls(means.mean(dim=0), axes, values, mean_value)
+
+    def stretch(self, shrinkage: float) -> Tensor:
+        """(r,), by how much an axis becomes shorter: 1 less than (s m)^(1/2) (value + s m)^(-1/2), m the mean value."""
+        shrunk = shrinkage * self.mean_value
+        return (shrunk / (self.values + shrunk)).sqrt() - 1
+
+    def whitened(self, embeddings: Tensor, shrinkage: float) -> Tensor:
+        """(n, dim) -> (n, dim): z (S + s m)^(-1/2) (s m)^(1/2) of the centred z; what never differs stays as it is."""
+        z = embeddings - self.centre
+        return z + (z @ self.axes * self.stretch(shrinkage)) @ self.axes.mT
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What cross-validation decides: the shrinkage of the scatter, and the share of the adapted half."""
+
+    shrinkage: float
+    share: float
+
+
+FALLBACK = Choice(shrinkage=3.0, share=0.5)  # where there are too few classes to leave any out
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Base classes that are left out together: `rows`, (m,), are their photos, `scatter` is that of the others."""
+
+    rows: Tensor
+    scatter: Scatter
 
 
 class Adapter:
-    """The map of *adapt*: z = (x - centre) @ W in closed form, then y = z + (z D) M D', with M learned from zero.
+    """y = z + D M' p: z whitened, p the coordinates of the centred embedding in the directions D, M learned from zero.
 
-    D holds the directions in which the base classes' means differ most, so M has few numbers to learn; and every photo
-    is projected on D once, before the first episode, so a step never touches the long embeddings.
+    D holds the principal directions of the base photos, so M has few numbers to learn. With the part of z outside of D
+    called r, the products of two photos are r r' + u u' with u = z D + p M: the first from a table, the second short. A
+    step never touches the long embeddings. What is evaluated is what the finished model gives: the frozen embedding and
+    y, weighted as in `recipes.Recipe`.
+
+    Where the classes to validate and test with were drawn from the data, and not set apart by the caller, the finished
+    model's whitening is fitted once more on all of them: its figures are those of the one without.
     """
 
     starts_trained = True
@@ -42,130 +119,294 @@ class Adapter:
     ) -> None:
         """The photos to learn from carry their label in `base`, (n,), and all others -1.
 
-        `validation` and `test`, (m,) indices, are photos to embed later; a choice may be made on the first alone.
+        `validation` and `test`, (m,) indices, are photos to embed later; no choice is made on either.
         """
         if data.embeddings is None:
             raise ConfigError("adapt learns from embeddings, and none were given")
-        self.backbone = config.backbone
+        self.backbone, self.seed, self.device = config.backbone, config.seed, device
         self.generator = torch.Generator()  # adapt augments nothing
-        rows = np.unique(np.concatenate([np.flatnonzero(base >= 0), validation.numpy(), test.numpy()]))
-        self.place = torch.full((len(base),), -1, dtype=torch.long)  # photo -> row of what is kept here
-        self.place[torch.from_numpy(rows)] = torch.arange(len(rows))
-        self.place = self.place.to(device)
-        used = torch.from_numpy(np.asarray(data.embeddings[rows], dtype=np.float32))
-        if not bool(torch.isfinite(used).all()):
-            raise DataError("some embeddings are no numbers; compute them again")
-        self.frozen = F.normalize(used, dim=1).to(device)
-        labels = torch.from_numpy(base[rows]).to(device)
-        self.trained_on = labels >= 0
-        self.labels = labels[self.trained_on]
-        self.centre, self.map = closed_form(self.frozen[self.trained_on], self.labels)
-        self.directions = principal_directions(self._features()[self.trained_on], self.labels, RANK)
-        self.inner = torch.zeros(self.directions.shape[1], self.directions.shape[1], device=device, requires_grad=True)
-        self._project_all()
+        learned = np.flatnonzero(base >= 0)
+        examined = np.unique(np.concatenate([validation.numpy(), test.numpy()]))
+        self.frozen, self.labels = _unit_rows(data.embeddings, learned), torch.from_numpy(base[learned])
+        self.extra: tuple[Tensor, Tensor] | None = None  # embeddings and labels that the last fit takes in
+        exam = _unit_rows(data.embeddings, examined)
+        if data.split is None:
+            new = base[examined] < 0
+            self.extra = exam[torch.from_numpy(new)], torch.from_numpy(data.labels[examined[new]])
+        groups = None if data.groups is None else data.groups[learned]
+
+        folds = leave_classes_out(self.frozen, self.labels, self.seed)
+        self.choice = choose(folds, self.frozen, self.labels, groups, self.seed) if folds else FALLBACK
+        self.scatter = fitted_scatter(self.frozen, self.labels, self.seed)
+        self.directions = fitted_directions(self.frozen - self.scatter.centre, self.labels, self.seed)
+        features = self.scatter.whitened(self.frozen, self.choice.shrinkage)
+        self.length = torch.linalg.vector_norm(features, dim=1).mean().clamp(min=1e-6)
+        centred_length = torch.linalg.vector_norm(self.frozen - self.scatter.centre, dim=1).mean().clamp(min=1e-6)
+        self.gain = CORRECTION_GAIN / centred_length
+        for fold in folds:
+            features[fold.rows] = fold.scatter.whitened(self.frozen[fold.rows], self.choice.shrinkage)
+
+        self.class_means, self.familiar_from = familiar(self.frozen, self.labels, self.seed)
+        self.learned = _Projected(self, self.frozen, features, learned, len(base))
+        self.examined = _Projected(self, exam, self.scatter.whitened(exam, self.choice.shrinkage), examined, len(base))
+        self.exam_frozen = coordinates(exam).to(device)
+        self.exam_rest = coordinates(self.examined.rest()).to(device)
+        self.exam_nearest = (exam @ self.class_means.mT).amax(dim=1)
+        rank = self.directions.shape[1]
+        self.inner = torch.zeros(rank, rank, device=device, requires_grad=True)
 
     def parameters(self) -> list[Tensor]:
         return [self.inner]
 
     def cosines(self, photos: Tensor) -> Tensor:
-        """By multiplying out y y' = z z' + p (M + M' + M M') p', with p = z D."""
-        rows = self.place[photos.to(self.place.device)]  # (b, p)
-        short = self.short[rows]  # (b, p, rank)
-        metric = self.inner + self.inner.mT + self.inner @ self.inner.mT
-        products = self._products(rows) + torch.bmm(short @ metric, short.mT)
+        part = self.learned
+        rows = part.rows(photos)  # (b, p)
+        short = part.features[rows] + part.centred[rows] @ self.inner  # (b, p, rank): u
+        products = part.rest_products(rows) + torch.bmm(short, short.mT)
         shrink = products.diagonal(dim1=1, dim2=2).clamp(min=1e-12).rsqrt()  # (b, p), 1 / length
         return products * shrink[:, :, None] * shrink[:, None, :]
 
     def embed_frozen(self, photos: Tensor) -> Tensor:
-        return self.frozen[self.place[photos.to(self.place.device)]]
+        """(m,) photos to validate or test with -> (m, k): shorter than the embeddings, with the same products."""
+        return self.exam_frozen[self.examined.rows(photos)]
 
     @torch.no_grad()
     def embed_trained(self, photos: Tensor) -> Tensor:
-        rows = self.place[photos.to(self.place.device)]
-        return self.features[rows] + self.short[rows] @ self.inner @ self.directions.mT
+        """As `embed_frozen`; the photos count as one set when it is asked how familiar they are."""
+        rows = self.examined.rows(photos)
+        short = self.examined.features[rows] + self.examined.centred[rows] @ self.inner
+        adapted = F.normalize(torch.cat([self.exam_rest[rows], short], dim=1), dim=1)
+        nearest = float(self.exam_nearest[rows.cpu()].mean())
+        weight = self.choice.share * familiarity_of(nearest, self.familiar_from)
+        return torch.cat([(1 - weight) ** 0.5 * self.exam_frozen[rows], weight**0.5 * adapted], dim=1)
 
     def state(self) -> dict[str, Tensor]:
-        tensors = {name: getattr(self, name) for name in ("inner", "directions", "centre", "map")}
-        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        return {"inner": self.inner.detach().clone(), "directions": self.directions.clone()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
+        """The directions too, for another machine may find the same ones with other signs."""
         with torch.no_grad():
-            for name in ("inner", "directions", "centre", "map"):
-                getattr(self, name).copy_(state[name])
-        self._project_all()
+            self.inner.copy_(state["inner"])
+        if not torch.equal(self.directions, state["directions"].cpu()):
+            self.directions = state["directions"].cpu()
+            self.learned.project(self)
+            self.examined.project(self)
+            self.exam_rest = coordinates(self.examined.rest()).to(self.device)
 
     def model(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        directions = state["directions"]
-        whole = state["map"] + (state["map"] @ directions) @ state["inner"] @ directions.mT  # (dim, dim)
-        card = {"backbone": self.backbone, "dim": len(whole), "applies": "normalise((normalise(x) - centre) @ map)"}
-        return {"centre": state["centre"], "map": whole}, card
+        scatter, means, familiar_from = self.scatter, self.class_means, self.familiar_from
+        if self.extra is not None and len(self.extra[1]):
+            embeddings = torch.cat([self.frozen, self.extra[0]])
+            labels = torch.cat([self.labels, self.extra[1]])
+            scatter = fitted_scatter(embeddings, labels, self.seed)
+            means, familiar_from = familiar(embeddings, labels, self.seed)
+        inner, directions = state["inner"].cpu(), state["directions"].cpu()
+        basis = torch.linalg.qr(torch.cat([scatter.axes, directions], dim=1)).Q  # (dim, r)
+        axes, correction = basis.mT @ scatter.axes, basis.mT @ directions
+        core = (axes * scatter.stretch(self.choice.shrinkage)) @ axes.mT
+        core += self.length * self.gain * correction @ inner @ correction.mT
+        tensors = {"centre": scatter.centre, "basis": basis, "core": core, "class_means": means}
+        card = {
+            "backbone": self.backbone,
+            "dim": 2 * len(basis),
+            "applies": "[(1 - w)^(1/2) x; w^(1/2) normalise(z + z basis core basis')], z = x - centre, x of length 1",
+            "shrinkage": self.choice.shrinkage,
+            "share": self.choice.share,
+            "familiar_from": familiar_from,
+            "adapted_to_classes": len(means),
+        }
+        return tensors, card
 
-    def _features(self) -> Tensor:
-        """z, scaled to a length of about 1, so that a learning rate means the same for every backbone."""
-        z = (self.frozen - self.centre) @ self.map
-        length: Tensor = torch.linalg.vector_norm(z[self.trained_on], dim=1).mean()
-        return z / length
 
-    def _project_all(self) -> None:
-        self.features = self._features()
-        self.short = self.features @ self.directions
-        small = len(self.features) <= TABLE_PHOTOS
-        self.table = self.features @ self.features.mT if small else None
+class _Projected:
+    """Photos as the learner needs them: short coordinates in its directions, and the products of what lies outside."""
 
-    def _products(self, rows: Tensor) -> Tensor:
-        """(b, p) -> (b, p, p), z z'; looked up where a table of all pairs is small enough to keep."""
+    def __init__(
+        self, learner: Adapter, frozen: Tensor, whitened: Tensor, photos: NDArray[np.int64], n_photos: int
+    ) -> None:
+        self.frozen, self.whitened = frozen, whitened / learner.length
+        place = torch.full((n_photos,), -1, dtype=torch.long)  # photo -> row
+        place[torch.from_numpy(photos)] = torch.arange(len(photos))
+        self.place = place.to(learner.device)
+        self.project(learner)
+
+    def project(self, learner: Adapter) -> None:
+        directions, device = learner.directions, learner.device
+        self.features = (self.whitened @ directions).to(device)  # (n, rank): z D
+        self.centred = ((self.frozen - learner.scatter.centre) @ directions * learner.gain).to(device)  # (n, rank): p
+        self.directions = directions
+        self.table: Tensor | None = None
+
+    def rows(self, photos: Tensor) -> Tensor:
+        return self.place[photos.to(self.place.device)]
+
+    def rest(self) -> Tensor:
+        """(n, dim): what of the whitened embeddings lies outside of the directions."""
+        return self.whitened - self.features.cpu() @ self.directions.mT
+
+    def rest_products(self, rows: Tensor) -> Tensor:
+        """(b, p) -> (b, p, p); looked up where a table of all pairs is small enough to keep."""
+        if self.table is None and len(self.whitened) <= TABLE_PHOTOS:
+            rest = self.rest()
+            self.table = (rest @ rest.mT).to(rows.device)
         if self.table is not None:
             return self.table[rows[:, :, None], rows[:, None, :]]
-        z = self.features[rows]
-        return torch.bmm(z, z.mT)
+        z, short = self.whitened[rows.cpu()].to(rows.device), self.features[rows]
+        return torch.bmm(z, z.mT) - torch.bmm(short, short.mT)
 
 
-def closed_form(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre by the mean, whiten by the within-class scatter S shrunk by its mean eigenvalue: (S + 3 m I)^(-1/2).
+def fold_of_each_class(n_classes: int, seed: int) -> Tensor:
+    """(n_classes,), each in one of at most FOLDS folds of about equal size, and of two classes at least."""
+    order = torch.randperm(n_classes, generator=torch.Generator().manual_seed(seed))
+    folds = torch.empty_like(order)
+    folds[order] = torch.arange(n_classes) % max(1, min(FOLDS, n_classes // 2))
+    return folds
 
-    Directions in which photos of one class differ count less; as many directions as there are classes gain from it.
-    The map is scaled by sqrt(m), so that its size does not depend on the embeddings'.
+
+def leave_classes_out(embeddings: Tensor, labels: Tensor, seed: int) -> list[Fold]:
+    """Each class is in one fold; there is none where classes are too few to leave two of them out and keep two."""
+    classes, index = torch.unique(labels, return_inverse=True)
+    fold_of = fold_of_each_class(len(classes), seed)[index]  # (n,)
+    if len(classes) < 4:
+        return []
+    parts = [(fold_of == number, fold_of != number) for number in range(int(fold_of.max()) + 1)]
+    return [
+        Fold(torch.nonzero(out).flatten(), fitted_scatter(embeddings[kept], labels[kept], seed)) for out, kept in parts
+    ]
+
+
+def choose(
+    folds: list[Fold], embeddings: Tensor, labels: Tensor, groups: NDArray[np.int64] | None, seed: int
+) -> Choice:
+    """The shrinkage, then the share, that tell left-out classes apart best, at 1 shot and at 5 alike."""
+    exams = [exam for fold in folds for exam in _exams(fold, embeddings, labels, groups, seed)]
+    if not exams:
+        return FALLBACK
+
+    def accuracy(choice: Choice) -> float:
+        return sum(exam.accuracy(choice) for exam in exams)
+
+    shrinkage = max(SHRINKAGES, key=lambda shrinkage: accuracy(Choice(shrinkage, 1.0)))
+    return Choice(shrinkage, max(SHARES, key=lambda share: accuracy(Choice(shrinkage, share))))
+
+
+@dataclass(frozen=True, eq=False)
+class _Exam:
+    """Episodes of classes that a scatter does not know, by the products of their photos alone.
+
+    Attributes:
+        frozen: (m, m), products of the L2-normalised embeddings.
+        centred: (m, m), of the centred ones.
+        along: (m, r), the centred ones along the axes of the scatter.
+    """
+
+    scatter: Scatter
+    frozen: Tensor
+    centred: Tensor
+    along: Tensor
+    episodes: Episodes
+
+    def accuracy(self, choice: Choice) -> float:
+        stretch = self.scatter.stretch(choice.shrinkage)
+        whitened = self.centred + (self.along * (2 * stretch + stretch.square())) @ self.along.mT
+        lengths = whitened.diagonal().clamp(min=1e-12).sqrt()
+        adapted = whitened / (lengths[:, None] * lengths)
+        return accuracy_by_products((1 - choice.share) * self.frozen + choice.share * adapted, self.episodes)
+
+
+def _exams(
+    fold: Fold, embeddings: Tensor, labels: Tensor, groups: NDArray[np.int64] | None, seed: int
+) -> Iterator[_Exam]:
+    rows, scatter = fold.rows, fold.scatter
+    x, own_labels = embeddings[rows], labels[rows]
+    own_groups = None if groups is None else groups[rows.numpy()]
+    sizes = torch.tensor([len(np.unique(photos)) for photos in _groups_of_classes(own_labels, own_groups)])
+    z = x - scatter.centre
+    frozen, centred, along = x @ x.mT, z @ z.mT, z @ scatter.axes
+    for shot in CHOICE_SHOTS:
+        large = sizes[sizes > shot]
+        if len(large) < 2:
+            continue
+        plan = EpisodePlan(min(CHOICE_WAY, len(large)), shot, min(CHOICE_QUERY, int(large.min()) - shot))
+        generator = torch.Generator().manual_seed(seed)
+        sampler = EpisodeSampler(own_labels, episode=plan, generator=generator, groups=own_groups)
+        yield _Exam(scatter, frozen, centred, along, sampler.sample(CHOICE_EPISODES))
+
+
+def _groups_of_classes(labels: Tensor, groups: NDArray[np.int64] | None) -> Iterator[NDArray[np.int64]]:
+    """For each class its photos' groups; each photo is one of its own where there are none."""
+    units = np.arange(len(labels)) if groups is None else groups
+    for label in torch.unique(labels):
+        yield units[(labels == label).numpy()]
+
+
+def accuracy_by_products(products: Tensor, episodes: Episodes) -> float:
+    """Share of query images whose nearest prototype by cosine is that of their class.
 
     Args:
-        embeddings: (n, dim), L2-normalised, of the base classes.
-        labels: (n,) class indices.
-
-    Returns:
-        The centre (dim,) and the map (dim, dim), symmetric: an embedding x becomes (x - centre) @ map.
+        products: (n, n) of embeddings of length 1, which the episodes' indices are rows of.
     """
-    x = embeddings.double()
+    support, query = episodes.support, episodes.query.flatten(1)  # (b, way, shot), (b, way * query)
+    way, shot = support.shape[1:]
+    scores = products[query[:, :, None], support.flatten(1)[:, None, :]].unflatten(2, (way, shot)).mean(dim=3)
+    lengths = products[support[..., :, None], support[..., None, :]].mean(dim=(2, 3)).clamp(min=1e-12).sqrt()
+    predicted = (scores / lengths[:, None, :]).argmax(dim=2)  # (b, way * query)
+    truth = torch.arange(way).repeat_interleave(episodes.query.shape[2])
+    return float((predicted == truth).double().mean())
+
+
+def familiar(embeddings: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, float]:
+    """Class means of length 1, (n_classes, dim), and from which mean cosine to the nearest one photos are familiar.
+
+    That is what nearly all base photos reach without the classes of their own fold: new classes of the same kind come
+    about as near. By the nearest class, not by one centre, which is near to nothing when a collection holds two kinds.
+    """
     _, index = torch.unique(labels, return_inverse=True)
-    sizes = torch.bincount(index).double()
-    residuals = (x - class_means(x, index)[index]) / sizes[
-        index, None
-    ].sqrt()  # classes count alike, whatever their size
-    residuals /= len(sizes) ** 0.5  # S = residuals' @ residuals
-    mean_eigenvalue = (residuals.square().sum() / x.shape[1]).clamp(min=1e-12)
-    values, vectors = _principal_axes(residuals)
-    rest = SHRINKAGE**-0.5  # what the stretch is where the scatter is zero
-    stretch = (mean_eigenvalue / (values + SHRINKAGE * mean_eigenvalue)).sqrt() - rest
-    whole = (vectors * stretch) @ vectors.T + rest * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    return x.mean(dim=0).float(), whole.float()
+    means = F.normalize(class_means(embeddings, index), dim=1)
+    cosines = embeddings @ means.mT
+    folds = fold_of_each_class(len(means), seed)
+    if int(folds.max()) > 0:
+        cosines[folds[index][:, None] == folds] = -1
+    return means, float(torch.quantile(cosines.amax(dim=1), UNFAMILIAR_SHARE))
 
 
-def _principal_axes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (r,) above zero of rows' @ rows and their eigenvectors (dim, r), by way of the smaller product."""
-    if len(rows) >= rows.shape[1]:
-        values, vectors = torch.linalg.eigh(rows.T @ rows)
-        return values.clamp(min=0), vectors
-    values, vectors = torch.linalg.eigh(rows @ rows.T)
-    kept = values > 1e-10 * values[-1].clamp(min=1e-12)
-    values = values[kept]
-    return values, rows.T @ (vectors[:, kept] / values.sqrt())
+def fitted_scatter(embeddings: Tensor, labels: Tensor, seed: int) -> Scatter:
+    """The scatter of FITTED_PHOTOS at most."""
+    kept = thinned_evenly(labels, FITTED_PHOTOS, seed)
+    return Scatter.of(embeddings[kept], labels[kept])
 
 
-def principal_directions(embeddings: Tensor, labels: Tensor, rank: int) -> Tensor:
-    """(dim, r), orthonormal: where the class means differ most; r is `rank`, or less when there are few classes."""
-    _, index = torch.unique(labels, return_inverse=True)
-    means = class_means(embeddings.double(), index)
-    _, values, directions = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False)
-    kept: Tensor = directions[: max(1, min(rank, int((values > 1e-9 * values[0]).sum())))]
-    return kept.mT.float().contiguous()
+def fitted_directions(centred: Tensor, labels: Tensor, seed: int) -> Tensor:
+    """(dim, r), orthonormal: the RANK directions in which photos differ most; fewer where there are fewer photos."""
+    directions, _ = principal_axes(centred[thinned_evenly(labels, FITTED_PHOTOS, seed)], RANK)
+    return directions.contiguous()
+
+
+def thinned_evenly(labels: Tensor, limit: int, seed: int) -> Tensor:
+    """Rows of about `limit` photos at most, ascending: all of them, or at random as many of each class as still fit."""
+    if len(labels) <= limit:
+        return torch.arange(len(labels))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[torch.sort(labels[order], stable=True).indices]  # class by class, each in random order
+    sizes = torch.unique(labels, return_counts=True)[1]
+    place = torch.cat([torch.arange(int(size)) for size in sizes])  # of each photo within its class
+    each = 1
+    while int(sizes.clamp(max=each + 1).sum()) <= limit:
+        each += 1
+    return order[place < each].sort().values
+
+
+def principal_axes(rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The eigenvectors (dim, r) of rows' @ rows with the `most` largest eigenvalues (r,), by the smaller product.
+
+    Those below a millionth of the largest are left out: single precision knows nothing of them.
+    """
+    small = len(rows) < rows.shape[1]
+    values, vectors = torch.linalg.eigh(rows @ rows.mT if small else rows.mT @ rows)
+    kept = values > 1e-6 * values[-1].clamp(min=1e-12)
+    kept[:-most] = False
+    values, vectors = values[kept], vectors[:, kept]
+    return (rows.mT @ (vectors / values.sqrt()) if small else vectors), values
 
 
 def class_means(embeddings: Tensor, index: Tensor) -> Tensor:
@@ -173,3 +414,18 @@ def class_means(embeddings: Tensor, index: Tensor) -> Tensor:
     sizes = torch.bincount(index).to(embeddings.dtype)
     sums = embeddings.new_zeros(len(sizes), embeddings.shape[1]).index_add_(0, index, embeddings)
     return sums / sizes[:, None]
+
+
+def coordinates(embeddings: Tensor) -> Tensor:
+    """(n, dim) -> (n, k) with the same products, k at most n: an evaluation of few photos need not carry long rows."""
+    if len(embeddings) >= embeddings.shape[1]:
+        return embeddings
+    values, vectors = torch.linalg.eigh((embeddings @ embeddings.mT).double())
+    return (vectors * values.clamp(min=0).sqrt()).float()
+
+
+def _unit_rows(embeddings: NDArray[np.float32], rows: NDArray[np.int64]) -> Tensor:
+    used = torch.from_numpy(np.asarray(embeddings[rows], dtype=np.float32))
+    if not bool(torch.isfinite(used).all()):
+        raise DataError("some embeddings are no numbers; compute them again")
+    return F.normalize(used, dim=1)

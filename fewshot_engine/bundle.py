@@ -72,7 +72,8 @@ def write_bundle(name_or_checkpoint: str, out: Path, *, cache_dir: Path) -> dict
     """Write the zip, after checking the graph in it against the encoder on random pixels.
 
     It holds model.onnx with all backbones, their fusion and an *adapt* model's map in one graph; model.json;
-    recipe.safetensors (centre and map) where there is a map; LICENCES.txt; README.txt, which says how to run it.
+    recipe.safetensors (centre, basis, core, class means) where there is a map; LICENCES.txt; README.txt, which says how
+    to run it.
 
     Returns:
         What model.json says.
@@ -103,21 +104,28 @@ def _whole(plan: Plan) -> nn.Module:
 
     class Whole(nn.Module):
         centre: Tensor
-        map: Tensor
+        basis: Tensor
+        core: Tensor
 
         def __init__(self) -> None:
             super().__init__()
             self.members = nn.ModuleList(with_normalisation(member.build(), member.backbone) for member in plan.members)
             if recipe is not None:
                 self.register_buffer("centre", torch.from_numpy(recipe.centre))
-                self.register_buffer("map", torch.from_numpy(recipe.map))
+                self.register_buffer("basis", torch.from_numpy(recipe.basis))
+                self.register_buffer("core", torch.from_numpy(recipe.core))
 
         def forward(self, *pixels: Tensor) -> Tensor:
             parts = [member(squares) for member, squares in zip(self.members, pixels, strict=True)]
             x: Tensor = parts[0]
             if len(parts) > 1:
                 x = torch.cat([normalize(part, dim=1) for part in parts], dim=1) / math.sqrt(len(parts))
-            return x if recipe is None else normalize((normalize(x, dim=1) - self.centre) @ self.map, dim=1)
+            if recipe is None:
+                return x
+            x = normalize(x, dim=1)
+            z = x - self.centre
+            adapted = normalize(z + z @ self.basis @ self.core @ self.basis.T, dim=1)
+            return torch.cat([math.sqrt(1 - recipe.share) * x, math.sqrt(recipe.share) * adapted], dim=1)
 
     return Whole().eval()
 
@@ -159,7 +167,7 @@ def _describe(plan: Plan, encoder: Encoder, names: list[str], graph: Path) -> di
             }
             for name, square, member in zip(names, encoder.squares, plan.members, strict=True)
         ],
-        "graph": "embeddings" if plan.adapted is None else "embeddings, adapted: normalise((x - centre) @ map)",
+        "graph": "embeddings" if plan.adapted is None else "embeddings, frozen and adapted halves for familiar photos",
         "sha256": sha256,
         "card": json.loads((folder / CARD).read_text(encoding="utf-8")) if folder is not None else None,
     }

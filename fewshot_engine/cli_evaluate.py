@@ -109,9 +109,9 @@ def embed_images(images: LabelledImages, encoder_name: str, options: argparse.Na
     if not rows:
         raise DataError(f"none of {len(images.paths)} files can be read as a photo; the first: {refused[0]['reason']}")
     embeddings = np.stack(rows)
-    return Embedded(
-        keep_rows(images, np.array(kept)), recipe.apply(embeddings) if recipe else embeddings, tuple(refused)
-    )
+    if recipe is not None:
+        embeddings = recipe.apply(embeddings, familiarity=recipe.familiarity(embeddings))
+    return Embedded(keep_rows(images, np.array(kept)), embeddings, tuple(refused))
 
 
 def _encoder_and_recipe(name: str) -> tuple[str, Recipe | None]:

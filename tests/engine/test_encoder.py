@@ -20,7 +20,7 @@ from fewshot_engine.encoder import (
     preprocess,
 )
 from fewshot_engine.errors import CheckpointError, ConfigError
-from fewshot_engine.recipes import save_model
+from fewshot_engine.recipes import load_recipe, save_model
 
 torch = pytest.importorskip("torch")
 
@@ -178,13 +178,15 @@ def test_a_model_adapted_over_the_accurate_encoder_loads(accurate, exported, pho
     rng = np.random.default_rng(0)
     tensors = {
         "centre": rng.standard_normal(3840).astype(np.float32) / 100,
-        "map": rng.standard_normal((3840, 3840)).astype(np.float32),
+        "basis": np.linalg.qr(rng.standard_normal((3840, 6)))[0].astype(np.float32),
+        "core": 9 * rng.standard_normal((6, 6)).astype(np.float32),
+        "class_means": np.eye(2, 3840, dtype=np.float32),
     }
-    save_model(tmp_path / "fitted", tensors, {"kind": "adapt", "backbone": "accurate", "dim": 3840})
+    card = {"kind": "adapt", "backbone": "accurate", "dim": 7680, "share": 0.75, "familiar_from": 0.5}
+    save_model(tmp_path / "fitted", tensors, card)
     encoder = load_encoder(str(tmp_path / "fitted"), cache_dir=exported, threads=1, device="cpu")
-    assert (encoder.name, encoder.dim, encoder.input_shape) == ("fitted", 3840, accurate.input_shape)
-    moved = (accurate.encode_images(photos) - tensors["centre"]) @ tensors["map"]
-    expected = moved / np.linalg.norm(moved, axis=1, keepdims=True)
+    assert (encoder.name, encoder.dim, encoder.input_shape) == ("fitted", 7680, accurate.input_shape)
+    expected = load_recipe(tmp_path / "fitted").apply(accurate.encode_images(photos))
     np.testing.assert_allclose(encoder.encode_images(photos), expected, atol=1e-4)
 
 

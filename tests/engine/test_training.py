@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from fewshot_engine import checkpoints, training
-from fewshot_engine.adaptation import closed_form, principal_directions
 from fewshot_engine.config import Augmentation, EpisodeConfig, TrainConfig
 from fewshot_engine.datasets import ClassSplit, TrainData
 from fewshot_engine.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
@@ -165,7 +164,7 @@ def test_validation_classes_are_never_learned_from(tmp_path):
     spoiled[held_out] = np.random.default_rng(9).standard_normal((held_out.sum(), spoiled.shape[1]))
     reports(ADAPT, TrainData(data.classes, data.labels, embeddings=spoiled), tmp_path / "b.safetensors")
     one, other = (checkpoints.load(tmp_path / f"{name}.safetensors")[0] for name in "ab")
-    for name in ("learner.inner", "learner.map", "learner.centre"):
+    for name in ("learner.inner", "learner.directions"):
         assert np.array_equal(one[name], other[name])
 
 
@@ -285,39 +284,3 @@ def test_loss_does_not_depend_on_the_order_of_support():
         flat = z[:, :, order].flatten(1, 2)
         values.append(float(prototypical_loss(flat @ flat.mT, way=2, shot=3, scale=torch.tensor(3.0))[0]))
     assert values[0] == pytest.approx(values[1], rel=1e-6)
-
-
-def test_closed_form_by_hand():
-    # Two classes at x = ±1, each with photos at y = ±2: scatter diag(0, 4), mean eigenvalue 2.
-    x = torch.tensor([[1.0, 2], [1, -2], [-1, 2], [-1, -2]]) + torch.tensor([3.0, 0])
-    centre, map_ = closed_form(x, torch.tensor([0, 0, 1, 1]))
-    assert centre.tolist() == pytest.approx([3, 0])
-    # sqrt(m / (s + 3 m)): sqrt(2 / 6) where classes differ, sqrt(2 / 10) where photos of one class do
-    assert map_.diagonal().tolist() == pytest.approx([(2 / 6) ** 0.5, (2 / 10) ** 0.5])
-    assert map_[0, 1] == pytest.approx(0)
-    directions = principal_directions(x, torch.tensor([0, 0, 1, 1]), rank=8)
-    assert directions.abs().flatten().tolist() == pytest.approx([1, 0])
-
-
-def test_closed_form_equals_its_definition_with_few_photos_and_with_many():
-    for photos in (4, 40):
-        labels = torch.arange(5).repeat_interleave(photos)
-        x = torch.randn(5 * photos, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(photos))
-        scatter = sum(torch.cov(x[labels == c].T, correction=0) for c in range(5)) / 5
-        shrunk = scatter + 3 * scatter.trace() / 30 * torch.eye(30)
-        values, vectors = torch.linalg.eigh(shrunk)
-        expected = (scatter.trace() / 30).sqrt() * vectors @ torch.diag(values**-0.5) @ vectors.T
-        assert torch.allclose(closed_form(x.float(), labels)[1].double(), expected, atol=1e-5)
-
-
-def test_the_cosines_of_an_adapter_are_those_of_its_embeddings():
-    run = training._Run(ADAPT, nuisance_embeddings(), torch.device("cpu"))
-    for _ in range(5):
-        run.step()
-    photos = run.sampler.sample(2).indices().flatten(1)
-    z = torch.nn.functional.normalize(run.learner.embed_trained(photos), dim=2)
-    assert torch.allclose(run.learner.cosines(photos), z @ z.mT, atol=1e-5)
-    run.learner.table = None
-    assert torch.allclose(run.learner.cosines(photos), z @ z.mT, atol=1e-5)
-
-
