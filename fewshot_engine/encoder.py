@@ -583,10 +583,11 @@ def _torch_forward(member: Member, device: str) -> Forward:
 
     module = with_normalisation(member.build(), member.backbone).to(device)
     module = module.to(memory_format=torch.channels_last)
-    compiled = torch.compile(module)
+    # Members differ in size, and torch would take that for a size that changes while it runs.
+    compiled = torch.compile(module, dynamic=False)
 
     @torch.inference_mode()
-    def forward(pixels: UInt8Array) -> Float32Array:
+    def run(pixels: UInt8Array) -> Float32Array:
         embeddings = []
         for start in range(0, len(pixels), GPU_BATCH):
             batch = pixels[start : start + GPU_BATCH]
@@ -598,7 +599,11 @@ def _torch_forward(member: Member, device: str) -> Forward:
         values: Float32Array = torch.cat(embeddings).cpu().numpy()
         return values
 
-    return forward
+    return lambda pixels: _gpu_thread.submit(run, pixels).result()
+
+
+# All compiled modules run in one thread: what is compiled in one is compiled again, for seconds, in every other.
+_gpu_thread = ThreadPoolExecutor(1, thread_name_prefix="gpu")
 
 
 def with_normalisation(module: nn.Module, backbone: Backbone | None) -> nn.Module:
