@@ -229,10 +229,11 @@ def _answer(answers: TextPredictions, row: int, labels: Sequence[TextLabel], top
 
 
 def _say_expectations(prototypes: TextPrototypes) -> None:
-    say(
-        f"From these names about {prototypes.expected_accuracy:.0%} of photos are expected to be right; "
-        f"guessing makes {prototypes.chance:.0%}."
-    )
+    if not prototypes.is_weak:  # where they are, the first doubt says the figures
+        say(
+            f"By these names about {prototypes.expected_accuracy:.0%} of photos are expected to be right; "
+            f"guessing makes {prototypes.chance:.0%}."
+        )
     for doubt in prototypes.doubts():
         say(doubt)
 

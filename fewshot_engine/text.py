@@ -197,17 +197,17 @@ class TextPrototypes:
         return float(np.mean([health.expected for health in self.health]))
 
     @property
-    def near_chance(self) -> bool:
+    def is_weak(self) -> bool:
         """Less than a quarter of the way from guessing to certainty."""
         return self.n_way > 1 and self.expected_accuracy - self.chance < (1 - self.chance) / 4
 
     def doubts(self) -> tuple[str, ...]:
         """Up to three sentences for people; none where the text is as good as it gets."""
         said = []
-        if self.near_chance:
+        if self.is_weak:
             said.append(
-                f"These names alone are near chance: about {self.expected_accuracy:.0%} of photos are expected to be "
-                f"right, and guessing makes {self.chance:.0%}. Give each label an example photo."
+                f"These names alone are a weak guide: about {self.expected_accuracy:.0%} of photos are expected to be "
+                f"right, where guessing makes {self.chance:.0%}. Give each label an example photo."
             )
         nearest = [(label.name, *health.nearest[0]) for label, health in zip(self.labels, self.health, strict=True)]
         far = [f"{label} (the nearest is {name}, {cosine:.2f} of 1)" for label, name, cosine in nearest if cosine < FAR]
@@ -320,13 +320,13 @@ def refined_logits(logits: FloatArray, embeddings: FloatArray) -> FloatArray:
     return refined / REFINE_TEMPERATURE
 
 
-FUSION_WEIGHT = 0.37  # of the texts beside one example a label; on the eight sets the best was 0.2 to 0.7
-FUSION_DECAY = 0.6  # power of the number of examples a label by which it falls
+FUSION_WEIGHT = 0.5  # of the names beside one example a label; on the eight sets the best was 0.2 to 1.2
+FUSION_DECAY = 0.8  # power of the number of examples a label by which it falls
 FUSION_PRIOR_SD = 0.75  # of the weight's logarithm
 
 
 def fusion_weight(text: FloatArray, left_out: FloatArray, labels: IntArray, *, shots: float) -> float:
-    """How much the texts should count beside the examples: from 0.37 at one example a label down to 0.
+    """How much the texts should count beside the examples: from 0.5 at one example a label down to 0.
 
     The weight under which the examples, each left out in turn, are best recognised by the others and the texts; most
     probable under a prior that falls with the number of examples, and 0 where the texts do not help at all. With one
@@ -355,7 +355,9 @@ def fusion_weight(text: FloatArray, left_out: FloatArray, labels: IntArray, *, s
 def fuse_with_shots(text: FloatArray, shots: FloatArray, weight: float) -> FloatArray:
     """Confidences from both: (n, n_way), rows that sum to 1.
 
-    Names and examples see different things in a photo, so their evidence is multiplied (Hinton 2002).
+    Names and examples see different things in a photo, so their evidence is multiplied (Hinton 2002). With the accurate
+    encoder at 5 ways, on the sets above, names lift one example a label from 75.5 to 79.3 %, two from 84.1 to 85.3 and
+    three from 87.4 to 88.0; at five they change nothing. Names of other things cost 5 points at one example, then 1.
 
     Args:
         text: (n, n_way), `text_logits`.

@@ -82,7 +82,7 @@ def test_no_photos_and_a_single_label_are_answered(concepts):
     prototypes = text_prototypes([TextLabel("kitten")], concepts)
     assert zero_shot(np.empty((0, 6), np.float32), prototypes).labels.shape == (0, 1)
     assert zero_shot(np.ones((2, 6), np.float32), prototypes).confidences.tolist() == [[1], [1]]
-    assert not prototypes.near_chance
+    assert not prototypes.is_weak
 
 
 def test_a_label_that_no_name_is_near_to_is_said_so(concepts):
@@ -93,13 +93,13 @@ def test_a_label_that_no_name_is_near_to_is_said_so(concepts):
     assert "tabby" not in doubt.split("(")[0]
 
 
-def test_labels_that_the_names_cannot_part_are_near_chance(concepts):
+def test_labels_that_the_names_cannot_part_are_a_weak_guide(concepts):
     labels = [TextLabel(f"{fat} fat oat yoghurt") for fat in ("low", "medium", "high", "full")]
     prototypes = text_prototypes(labels, concepts)
-    assert prototypes.near_chance
+    assert prototypes.is_weak
     assert prototypes.expected_accuracy < 0.45
     said = " ".join(prototypes.doubts())
-    assert "near chance" in said
+    assert "weak guide" in said
     assert "low fat oat yoghurt and" in said
 
 
