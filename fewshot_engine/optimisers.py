@@ -50,10 +50,14 @@ class Optimiser:
         """One step at `share` of the learning rate; gradients in the order of the parameters."""
         gradients = clipped(gradients, self.config.clip_norm)
         for members, rate, decay in self.groups:
-            chosen = [[tensors[i] for i in members] for tensors in (self.parameters, gradients, self.moments)]
+            parameters, steepest, moments = (
+                [tensors[i] for i in members] for tensors in (self.parameters, gradients, self.moments)
+            )
             if self.config.optimiser == "sgd":
                 sgd(
-                    *chosen,  # type: ignore[arg-type]  # no entry is None
+                    parameters,
+                    steepest,
+                    moments,  # type: ignore[arg-type]  # a list of Tensor | None, of which none is None
                     foreach=True,
                     weight_decay=decay,
                     momentum=self.config.momentum,
@@ -63,9 +67,11 @@ class Optimiser:
                     maximize=False,
                 )
                 continue
-            fused = chosen[0][0].is_cuda
+            fused = parameters[0].is_cuda
             adamw(
-                *chosen,
+                parameters,
+                steepest,
+                moments,
                 [self.squares[i] for i in members],
                 [],
                 [self.steps[i] for i in members],

@@ -629,7 +629,9 @@ class _Run:
         statistics = [tensor.clone() for tensor in self.network.statistics()] if self.network else []
         way, shot = self._shape()
         photos = self.sampler.sample(DRY_EPISODES[self.config.kind], way=way, shot=shot).indices().flatten(1)
-        losses = [float(self._within_memory(partial(self._loss, episode, way, shot))[0]) for episode in photos.split(1)]
+        losses = [
+            float(self._within_memory(partial(self._loss, episode, way, shot))[0]) for episode in torch.split(photos, 1)
+        ]
         if self.network is not None:
             torch._foreach_copy_(self.network.statistics(), statistics)
         self.sampler.restore(sampler)
