@@ -242,7 +242,8 @@ class _Projected:
 
     def rest(self) -> Tensor:
         """(n, dim): what of the whitened embeddings lies outside of the directions."""
-        return self.whitened - self.features.cpu() @ self.directions.mT
+        outside: Tensor = self.whitened - self.features.cpu() @ self.directions.mT
+        return outside
 
     def rest_products(self, rows: Tensor) -> Tensor:
         """(b, p) -> (b, p, p); looked up where a table of all pairs is small enough to keep."""
@@ -348,7 +349,8 @@ def accuracy_by_products(products: Tensor, episodes: Episodes) -> float:
     """
     support, query = episodes.support, episodes.query.flatten(1)  # (b, way, shot), (b, way * query)
     way, shot = support.shape[1:]
-    scores = products[query[:, :, None], support.flatten(1)[:, None, :]].unflatten(2, (way, shot)).mean(dim=3)
+    scores = products[query[:, :, None], support.flatten(1)[:, None, :]]  # (b, way * query, way * shot)
+    scores = scores.view(*query.shape, way, shot).mean(dim=3)
     lengths = products[support[..., :, None], support[..., None, :]].mean(dim=(2, 3)).clamp(min=1e-12).sqrt()
     predicted = (scores / lengths[:, None, :]).argmax(dim=2)  # (b, way * query)
     truth = torch.arange(way).repeat_interleave(episodes.query.shape[2])
@@ -421,7 +423,8 @@ def coordinates(embeddings: Tensor) -> Tensor:
     if len(embeddings) >= embeddings.shape[1]:
         return embeddings
     values, vectors = torch.linalg.eigh((embeddings @ embeddings.mT).double())
-    return (vectors * values.clamp(min=0).sqrt()).float()
+    short: Tensor = vectors * values.clamp(min=0).sqrt()
+    return short.float()
 
 
 def _unit_rows(embeddings: NDArray[np.float32], rows: NDArray[np.int64]) -> Tensor:

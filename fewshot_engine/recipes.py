@@ -80,10 +80,10 @@ class Recipe:
             CheckpointError: the embeddings have another dimension than the recipe.
         """
         unit = self._checked(embeddings)
-        z = unit - self.centre
-        adapted = _unit(z + ((z @ self.basis) @ self.core) @ self.basis.T)
+        z: NDArray[np.float32] = unit - self.centre
+        z += (z @ self.basis) @ self.core @ self.basis.T
         weight = self.share * familiarity
-        halves = [np.float32((1 - weight) ** 0.5) * unit, np.float32(weight**0.5) * adapted]
+        halves = [np.float32((1 - weight) ** 0.5) * unit, np.float32(weight**0.5) * _unit(z)]
         result: NDArray[np.float32] = np.concatenate(halves, axis=1)
         return result
 
@@ -114,8 +114,8 @@ def load_recipe(path: Path) -> Recipe:
         share, familiar_from = float(card["share"]), float(card["familiar_from"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{Path(path).name} does not say how its two halves are weighted") from error
-    parts = (tensors[name] for name in RECIPE_TENSORS)
-    return Recipe(*parts, share=share, familiar_from=familiar_from, card=card)
+    centre, basis, core, class_means = (tensors[name] for name in RECIPE_TENSORS)
+    return Recipe(centre, basis, core, class_means, share, familiar_from, card)
 
 
 def apply_recipe(recipe_path: Path, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
