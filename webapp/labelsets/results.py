@@ -128,7 +128,7 @@ class Bar:
 
     @property
     def percent(self) -> str:
-        return percent(self.confidence)
+        return _likely(self.confidence)
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,15 @@ class Evidence:
     @property
     def photo(self) -> Photo:
         return self.query.photo
+
+    @property
+    def is_open(self) -> bool:
+        """Has nobody answered yet?"""
+        return not self.query.is_answered
+
+    @property
+    def is_none(self) -> bool:
+        return self.verdict == NONE
 
     @property
     def stranger_text(self) -> str:
@@ -218,6 +227,11 @@ def percent(share: float) -> str:
     if 0 < share < 0.005:
         return "< 1\u00a0%"
     return f"{round(100 * share)}\u00a0%"
+
+
+def _likely(confidence: float) -> str:
+    """A confidence that was rounded to 1 is not certainty either."""
+    return percent(min(confidence, 0.9999))
 
 
 def judged(classification: Classification) -> Any:
@@ -396,7 +410,7 @@ class _Reading:
             return _("by you")
         if row["verdict"] == NONE:
             return _("nearest: %(name)s") % {"name": nearest}
-        confidence = percent(row["current__confidence"])  # before the name: a long one is cut, the figure never
+        confidence = _likely(row["current__confidence"])  # before the name: a long one is cut, the figure never
         return f"{confidence} {nearest}" if row["verdict"] == UNSURE else confidence
 
 
