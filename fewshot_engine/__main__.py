@@ -19,9 +19,10 @@ import numpy.typing as npt
 from fewshot_engine import config, weights
 from fewshot_engine.backbones import BACKBONES, Backbone, get_backbone
 from fewshot_engine.datasets import PHOTO_SUFFIXES, LabelledImages, from_folder
-from fewshot_engine.encoder import VIEWS, Embedded, Encoder, embed_files, load_encoder
+from fewshot_engine.encoder import VIEWS, Embedded, Encoder, embed_files, load_with_recipe
 from fewshot_engine.errors import CheckpointError, ConfigError, DataError, EngineError, WeightsMissing
-from fewshot_engine.inference import Predictions, PrototypeModel, classify, fit, mean_embedding, verdict
+from fewshot_engine.inference import Predictions, PrototypeModel, classify, classify_batch, fit, mean_embedding, verdict
+from fewshot_engine.recipes import Recipe
 from fewshot_engine.weights import default_cache_dir as default_cache_dir
 
 ENCODERS = {name: name for name in config.ENCODERS}  # `load_encoder` knows them; for whoever still asks here
@@ -54,7 +55,8 @@ prints a line for each photo, in any order of folders:
   verdict     known, unsure, none (of the labels) or refused (no photo; "reason" says why)
 
 Modes: inductive looks at each photo alone; pool also takes the mean of all the photos of --query as the centre, which
-is worth about 2 points with few examples where they are all of one kind.
+is worth about 2 points with few examples where they are all of one kind; batch lets the photos of --query help each
+other, which is worth about 5 points with one example a label and nothing with five.
 """
 WEIGHTS_HELP = """\
 Pretrained weights that no package carries are fetched once, checked, and kept for every later use without a network.
@@ -122,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     sort.add_argument("--support", type=Path, required=True, metavar="DIR", help="a folder of examples for each label")
     sort.add_argument("--query", type=Path, required=True, metavar="DIR", help="photos to sort, in any folders")
     sort.add_argument("--top-k", type=_positive, default=3, metavar="K", help="labels to list for each photo (3)")
-    sort.add_argument("--mode", choices=("inductive", "pool"), default="inductive", help="what else is looked at")
+    sort.add_argument(
+        "--mode", choices=("inductive", "pool", "batch"), default="inductive", help="what else is looked at"
+    )
     sort.add_argument("--reject", action="store_true", help="leave the label empty where the verdict is none")
     _add_level(sort)
     _add_encoder(sort)
@@ -147,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_encoder(bench)
     bench.set_defaults(run=_bench)
 
-    for module in ("cli_train", "cli_evaluate"):  # they import this one
+    for module in ("cli_train", "cli_evaluate", "cli_text"):  # they import this one
         importlib.import_module(f"fewshot_engine.{module}").add_parsers(commands)
     return parser
 
@@ -201,9 +205,11 @@ def _positive(text: str) -> int:
 
 def _embed(options: argparse.Namespace) -> None:
     images = from_folder(options.folder, options.level)
-    encoder = _encoder(options)
+    encoder, recipe = _encoder(options)
     started = time.monotonic()
     embeddings, kept, refused = _embeddings(list(map(Path, images.paths)), encoder)
+    if recipe is not None and len(embeddings):
+        embeddings = recipe.apply(embeddings, familiarity=_familiarity(recipe, embeddings))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with open(options.out, "wb") as file:  # np.savez would add a suffix to a bare name
         np.savez(
@@ -221,13 +227,20 @@ def _embed(options: argparse.Namespace) -> None:
 def _classify(options: argparse.Namespace) -> None:
     support = from_folder(options.support, options.level)
     queries = _photos_under(options.query)
-    encoder = _encoder(options)
+    encoder, recipe = _encoder(options)
     examples, kept, _ = _embeddings(list(map(Path, support.paths)), encoder)
-    embeddings, answered, refused = _embeddings(queries, encoder)
-    centre = mean_embedding(embeddings) if options.mode == "pool" and len(embeddings) else None
     classes, labels = _classes_left(support, kept)
+    embeddings, answered, refused = _embeddings(queries, encoder)
+    if recipe is not None:
+        familiarity = _familiarity(recipe, examples)
+        examples, embeddings = (recipe.apply(rows, familiarity=familiarity) for rows in (examples, embeddings))
+    centre = mean_embedding(embeddings) if options.mode == "pool" and len(embeddings) else None
     model = fit(examples, labels, len(classes), centre=centre)
-    answers = classify(model, embeddings, top_k=options.top_k)
+    if options.mode == "batch" and len(embeddings):
+        answers, changed = classify_batch(model, embeddings, top_k=options.top_k)
+        _say(f"{int(changed.sum())} of {len(changed)} answers are others than each photo alone would have got")
+    else:
+        answers = classify(model, embeddings, top_k=options.top_k)
     for row, index in enumerate(answered):
         _print({"path": str(queries[index]), **_answer(answers, row, classes, reject=options.reject)})
     for refusal in refused:
@@ -310,7 +323,7 @@ def _export(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from fewshot_engine.measuring import draw_photos, measure_classifying, measure_embedding, measure_training
 
-    encoder = _encoder(options)
+    encoder, _ = _encoder(options)
     if options.what == "train":
         _print({"what": "train", **measure_training(encoder.dim)})
         return
@@ -320,11 +333,17 @@ def _bench(options: argparse.Namespace) -> None:
         _print({"what": options.what, **measure(encoder, paths)})
 
 
-def _encoder(options: argparse.Namespace) -> Encoder:
+def _encoder(options: argparse.Namespace) -> tuple[Encoder, Recipe | None]:
     # One thread for each forward pass, and a worker for each core: see `embed_files`.
-    return load_encoder(
+    return load_with_recipe(
         options.encoder, cache_dir=options.cache_dir, threads=1, device=options.device, views=options.views
     )
+
+
+def _familiarity(recipe: Recipe, embeddings: npt.NDArray[np.float32]) -> float:
+    familiarity = recipe.familiarity(embeddings)
+    _say(f"{familiarity:.0%} familiar: that is the adapted part's share of the say, the frozen encoder has the rest")
+    return familiarity
 
 
 def _embeddings(

@@ -34,6 +34,7 @@ from fewshot_engine.config import ENCODERS, ENGINE_VERSION
 from fewshot_engine.errors import CheckpointError, ConfigError, EngineError, ImageRefused, WeightsMissing
 from fewshot_engine.images import decode
 from fewshot_engine.prototypes import l2_normalise
+from fewshot_engine.recipes import Recipe, load_recipe
 from fewshot_engine.weights import sha256_of
 
 if TYPE_CHECKING:
@@ -213,6 +214,8 @@ def load_encoder(
 ) -> Encoder:
     """An encoder by its name ("accurate", "fast" or a backbone's), or the one in a checkpoint folder of either kind.
 
+    One of the kind *adapt* takes every photo to be of the kind that it was adapted to; see `load_with_recipe`.
+
     Args:
         cache_dir: where exported ONNX files are kept; made when missing.
         threads: cores for one forward pass on the CPU; 0 takes all of them.
@@ -225,6 +228,32 @@ def load_encoder(
         ConfigError: neither a known name nor a folder, or no such view.
         CheckpointError: the folder holds no encoder that can be read.
         WeightsMissing: the pretrained weights are not on this machine.
+    """
+    frozen, recipe = load_with_recipe(
+        name_or_checkpoint, cache_dir=cache_dir, threads=threads, device=device, views=views
+    )
+    if recipe is None:
+        return frozen
+    return Encoder(
+        frozen.name,
+        dim=recipe.apply(np.ones((1, frozen.dim), dtype=np.float32)).shape[1],
+        squares=frozen.squares,
+        forward=lambda rows: recipe.apply(frozen.encode(rows)),
+        batch_size=frozen.batch_size,
+    )
+
+
+def load_with_recipe(
+    name_or_checkpoint: str,
+    *,
+    cache_dir: Path,
+    threads: int = 0,
+    device: str | None = None,
+    views: Sequence[str] = ("whole",),
+) -> tuple[Encoder, Recipe | None]:
+    """As `load_encoder`, but what an *adapt* model makes of the frozen encoder's embeddings is left to the caller.
+
+    That is for whoever has a set of photos at hand: `Recipe.familiarity` is asked of all of them, and holds for all.
     """
     plan = read_plan(name_or_checkpoint)
     shown = _views(views)
@@ -240,7 +269,7 @@ def load_encoder(
         forward=_fused_forward(plan.members, forwards, shown),
         batch_size=CPU_BATCH if device == "cpu" else GPU_BATCH,
     )
-    return encoder if plan.adapted is None else _adapted(encoder, plan.adapted)
+    return encoder, None if plan.adapted is None else load_recipe(plan.adapted)
 
 
 def export_onnx(module: nn.Module, path: Path, image_size: int, *, backbone: Backbone | None = None) -> None:
@@ -534,20 +563,6 @@ def _fused_forward(members: Sequence[Member], forwards: Sequence[Forward], views
         return parts[0] if len(parts) == 1 else fuse(parts)
 
     return forward
-
-
-def _adapted(frozen: Encoder, folder: Path) -> Encoder:
-    """A frozen encoder, followed by the map of an *adapt* model."""
-    from fewshot_engine.recipes import load_recipe
-
-    recipe = load_recipe(folder)
-    return Encoder(
-        folder.name,
-        dim=recipe.apply(np.ones((1, frozen.dim), dtype=np.float32)).shape[1],
-        squares=frozen.squares,
-        forward=lambda rows: recipe.apply(frozen.encode(rows)),
-        batch_size=frozen.batch_size,
-    )
 
 
 def _default_device() -> str:

@@ -7,13 +7,14 @@ from PIL import Image
 from fewshot_engine import __main__ as cli
 from fewshot_engine.encoder import Encoder, Square
 from fewshot_engine.errors import ConfigError
+from fewshot_engine.recipes import Recipe
 
 
 @pytest.fixture(autouse=True)
 def mean_colour_encoder(monkeypatch):
     """Pictures differ in colour alone here, so an encoder that sees nothing else will do."""
     encoder = Encoder("mean", dim=3, squares=[Square(8)], forward=lambda p: p.mean(axis=(1, 2), dtype=np.float32) + 1)
-    monkeypatch.setattr(cli, "load_encoder", lambda *args, **kwargs: encoder)
+    monkeypatch.setattr(cli, "load_with_recipe", lambda *args, **kwargs: (encoder, None))
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_embed_writes_arrays_that_belong_together(folder, tmp_path, capsys):
     assert [one["reason"] for one in said["refused"]] == ["This is a text file, not a photo."]
 
 
-@pytest.mark.parametrize("mode", ["inductive", "pool"])
+@pytest.mark.parametrize("mode", ["inductive", "pool", "batch"])
 def test_classify_says_a_line_for_each_photo(folder, capsys, mode):
     (folder / "red" / "9.jpg").write_text("just words")
     arguments = ["classify", "--support", str(folder), "--query", str(folder), "--top-k", "2", "--mode", mode, "--json"]
@@ -56,6 +57,19 @@ def test_classify_says_a_line_for_each_photo(folder, capsys, mode):
         assert line["top_k"][0]["label"] == line["label"]
         assert len(line["top_k"]) == 2
     assert "13 of 13 photos" in captured.err
+
+
+def test_an_adapted_model_is_told_once_how_familiar_the_examples_are(folder, monkeypatch, capsys):
+    eye = np.eye(3, dtype=np.float32)
+    recipe = Recipe(np.zeros(3, np.float32), eye[:, :1], eye[:1, :1], eye, share=0.5, familiar_from=0.1, card={})
+    encoder, _ = cli.load_with_recipe()
+    monkeypatch.setattr(cli, "load_with_recipe", lambda *args, **kwargs: (encoder, recipe))
+    (folder / "red" / "9.jpg").write_text("just words")
+    assert cli.main(["classify", "--support", str(folder), "--query", str(folder)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("100% familiar") == 1
+    answers = [json.loads(line) for line in captured.out.splitlines()]
+    assert all(answer["label"] in (None, answer["path"].split("/")[-2]) for answer in answers)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +111,7 @@ def test_the_encoder_and_its_views_are_asked_for_by_name(folder, tmp_path, monke
         asked.update(options, name=name)
         raise ConfigError("seen enough")
 
-    monkeypatch.setattr(cli, "load_encoder", load)
+    monkeypatch.setattr(cli, "load_with_recipe", load)
     assert cli.main(["embed", str(folder), "--out", str(tmp_path / "x.npz")]) == 2
     assert (asked["name"], asked["views"]) == ("accurate", ("whole",))
     cli.main(["embed", str(folder), "--out", str(tmp_path / "x.npz"), "--encoder", "fast", "--views", "whole,crop:0.6"])
