@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHES = ("embed", "train", "site")
+BENCHES = ("embed", "train", "adapt", "site")
 
 
 def main(names: list[str]) -> int:
