@@ -154,7 +154,8 @@ def _photos_under(folder: Path) -> LabelledImages:
     if not paths:
         raise DataError(f"{folder} holds no photos")
     classes = tuple(sorted({path.parent.name for path in paths}))
-    labels = np.array([classes.index(path.parent.name) for path in paths], dtype=np.int64)
+    number = {name: place for place, name in enumerate(classes)}
+    labels = np.array([number[path.parent.name] for path in paths], dtype=np.int64)
     return LabelledImages(classes, labels, tuple(map(str, paths)))
 
 
@@ -174,6 +175,9 @@ def _support(folder: Path, labels: Sequence[TextLabel]) -> LabelledImages:
 def _with_examples(embeddings: FloatArray, prototypes: TextPrototypes, examples: Embedded) -> TextPredictions:
     """Names and examples together, weighted by leave-one-out."""
     support, labels, n_way = examples.embeddings, examples.images.labels, prototypes.n_way
+    lost = [name for row, name in enumerate(examples.images.classes) if row not in labels]
+    if lost:
+        raise DataError(f"no example of {', '.join(lost)} can be read: replace its photos")
     model = fit(support, labels, n_way)
     rows, left_out = _left_out(support, labels, n_way)
     text = text_logits(support[rows], prototypes)

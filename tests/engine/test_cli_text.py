@@ -89,6 +89,22 @@ def test_drawings_are_sorted_by_the_names_of_labels_alone(things, exported, tmp_
     assert "the 6 examples" in captured.err
     assert "Accuracy 100.0% on 6 photos" in captured.err
 
+    for photo in (things / "cobweb").iterdir():
+        photo.write_text("just words")
+    with pytest.raises(DataError, match="no example of cobweb can be read"):
+        run(
+            "zero-shot",
+            things,
+            "--support",
+            things,
+            "--labels",
+            *labels[:2],
+            "--cache-dir",
+            exported,
+            "--device",
+            "cpu",
+        )
+
 
 @pytest.mark.parametrize(
     ("more", "error", "sentence"),
