@@ -204,7 +204,7 @@ class Evidence:
         if len(self.bars) < 2:
             return _("It is the only label, and the photo lies close enough to its examples.")
         words = {"name": best.label, "other": self.bars[1].label, "limit": percent(UNSURE_BELOW)}
-        words |= {"a": percent(best.confidence), "b": percent(self.bars[1].confidence)}
+        words |= {"a": best.percent, "b": self.bars[1].percent}
         if self.verdict == UNSURE:
             return _("%(name)s has %(a)s against %(b)s for %(other)s; below %(limit)s it counts as not sure.") % words
         return _("It lies nearest to the examples of %(name)s: %(a)s, against %(b)s for %(other)s.") % words
@@ -230,8 +230,8 @@ def percent(share: float) -> str:
 
 
 def _likely(confidence: float) -> str:
-    """A confidence that was rounded to 1 is not certainty either."""
-    return percent(min(confidence, 0.9999))
+    """A confidence that was rounded to 0 or 1 is no certainty either."""
+    return percent(min(max(confidence, 0.0001), 0.9999))
 
 
 def judged(classification: Classification) -> Any:
