@@ -249,16 +249,18 @@ def test_bombs_are_refused(collection: Collection) -> None:
 def test_only_what_has_not_seen_a_photo_looks_at_it_later(owner: User, collection: Collection) -> None:
     take_in(collection, {f"a/{n}.jpg": picture(0, n) for n in range(3)})
     blobs = list(Blob.objects.all())
-    lite0, lite1, lite2 = vectors.members(ACCURATE)
-    Embedding.objects.filter(backbone__in=(lite1, lite2)).delete()
-    before = {e.blob_id: e.pk for e in Embedding.objects.filter(backbone=lite0)}
-    assert len(before) == 3
-    there, _none = vectors.read(ACCURATE, [blob.pk for blob in blobs])
-    assert not there.any()
     job = create_job(owner, Job.Kind.CLASSIFY, queue=Job.Queue.INTERACTIVE, title="x")
     wake(job.pk)
     claimed = claim(job.pk, worker="test")
     assert claimed is not None
+    embed_missing(claimed, blobs, ACCURATE)
+    lite0, lite1, lite2 = vectors.members(ACCURATE)
+    Embedding.objects.filter(backbone__in=(lite1, lite2)).delete()
+    job.events.all().delete()
+    before = {e.blob_id: e.pk for e in Embedding.objects.filter(backbone=lite0)}
+    assert len(before) == 3
+    there, _none = vectors.read(ACCURATE, [blob.pk for blob in blobs])
+    assert not there.any()
     embed_missing(claimed, [*blobs, blobs[0]], ACCURATE)
     there, fused = vectors.read(ACCURATE, [blob.pk for blob in blobs])
     assert there.all() and fused.shape == (3, 3 * 1280)
