@@ -143,33 +143,28 @@ def _zero_shot(options: argparse.Namespace) -> None:
         print_json({**refusal, "label": None, "verdict": "refused"})
     if support is None:
         _say_expectations(prototypes)
-    _say_accuracy(embedded.images, answers, labels)
+    _say_accuracy(embedded.images.paths, options.folder, answers, labels)
 
 
 def _photos_under(folder: Path) -> LabelledImages:
-    """Every photo in any depth; its class is the name of the folder that holds it."""
+    """Every photo in any depth, all of one class."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
     if not paths:
         raise DataError(f"{folder} holds no photos")
-    classes = tuple(sorted({path.parent.name for path in paths}))
-    number = {name: place for place, name in enumerate(classes)}
-    labels = np.array([number[path.parent.name] for path in paths], dtype=np.int64)
-    return LabelledImages(classes, labels, tuple(map(str, paths)))
+    return LabelledImages(("",), np.zeros(len(paths), dtype=np.int64), tuple(map(str, paths)))
 
 
 def _support(folder: Path, labels: Sequence[TextLabel]) -> LabelledImages:
     """The examples, with labels in the order of `labels`."""
-    found = from_folder(folder)
-    place = _places(labels)
-    own = np.array([place.get(_plain(name.rsplit("/", 1)[-1]), -1) for name in found.classes])
+    paths = _photos_under(folder).paths
+    own = _labels_by_folder(paths, folder, labels)
     lost = [label.name for row, label in enumerate(labels) if row not in own]
     if lost:
         raise DataError(f"{folder} has no folder of examples for {', '.join(lost)}: every label needs one")
-    rows = np.flatnonzero(own[found.labels] >= 0)
-    names = tuple(label.name for label in labels)
-    return LabelledImages(names, own[found.labels[rows]], tuple(found.paths[row] for row in rows))
+    rows = np.flatnonzero(own >= 0)
+    return LabelledImages(tuple(label.name for label in labels), own[rows], tuple(paths[row] for row in rows))
 
 
 def _with_examples(embeddings: FloatArray, prototypes: TextPrototypes, examples: Embedded) -> TextPredictions:
@@ -242,10 +237,9 @@ def _say_expectations(prototypes: TextPrototypes) -> None:
         say(doubt)
 
 
-def _say_accuracy(images: LabelledImages, answers: TextPredictions, labels: Sequence[TextLabel]) -> None:
+def _say_accuracy(paths: Sequence[str], root: Path, answers: TextPredictions, labels: Sequence[TextLabel]) -> None:
     """For photos in folders that are called as the labels are; nothing where there are none."""
-    place = _places(labels)
-    truth = np.array([place.get(_plain(name), -1) for name in images.classes])[images.labels]
+    truth = _labels_by_folder(paths, root, labels)
     known = truth >= 0
     if known.any():
         accuracy = float((answers.labels[known, 0] == truth[known]).mean())
@@ -255,8 +249,14 @@ def _say_accuracy(images: LabelledImages, answers: TextPredictions, labels: Sequ
         )
 
 
-def _places(labels: Sequence[TextLabel]) -> dict[str, int]:
-    return {_plain(label.name): row for row, label in enumerate(labels)}
+def _labels_by_folder(paths: Sequence[str], root: Path, labels: Sequence[TextLabel]) -> npt.NDArray[np.int64]:
+    """(n,) the label that the innermost folder with a label's name stands for; -1 for photos in no such folder."""
+    place = {_plain(label.name): row for row, label in enumerate(labels)}
+    found = []
+    for path in paths:
+        folders = Path(path).relative_to(root).parts[-2::-1]  # innermost first
+        found.append(next((place[_plain(name)] for name in folders if _plain(name) in place), -1))
+    return np.array(found, dtype=np.int64)
 
 
 def _plain(name: str) -> str:
