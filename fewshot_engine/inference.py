@@ -219,9 +219,7 @@ def fit(
     rule = rule or Rule()
     label_of: Labels = labels.astype(np.int64)
     prepared = _prepare(support, centre)
-    common = np.zeros_like(prepared[0])
-    if rule.centred and centre is None:
-        common = support_centre(prepared, label_of, n_way)
+    common = _common(prepared, label_of, n_way, rule, is_centred=centre is not None)
     compared = l2_normalise(prepared - common)
     prototypes, prototype_labels = _prototypes(compared, label_of, n_way, rule)
     copies = near_copies(l2_normalise(support), label_of)
@@ -294,6 +292,24 @@ def _answers(model: PrototypeModel, prepared: Float32Array, similarities: Float3
         nearest=nearest,
         nearest_similarities=nearest_similarities,
     )
+
+
+def left_out(
+    support: FloatArray, labels: IntArray, n_way: int, *, centre: FloatArray | None = None, rule: Rule | None = None
+) -> LeftOut:
+    """Each example against the label set without it, as `fit` calibrates on it; arguments as there."""
+    rule = rule or Rule()
+    label_of: Labels = labels.astype(np.int64)
+    prepared = _prepare(support, centre)
+    compared = l2_normalise(prepared - _common(prepared, label_of, n_way, rule, is_centred=centre is not None))
+    return leave_one_out(compared, label_of, n_way, rule, near_copies(l2_normalise(support), label_of))
+
+
+def _common(prepared: FloatArray, labels: Labels, n_way: int, rule: Rule, *, is_centred: bool) -> FloatArray:
+    """What the rule subtracts from photos that `_prepare` made: (dim,), zeros where a centre is off already."""
+    if is_centred or not rule.centred:
+        return np.zeros_like(prepared[0])
+    return support_centre(prepared, labels, n_way)
 
 
 def _prototypes(photos: FloatArray, labels: Labels, n_way: int, rule: Rule) -> tuple[FloatArray, Labels]:
