@@ -19,8 +19,9 @@ import numpy.typing as npt
 from fewshot_engine import config, weights
 from fewshot_engine.backbones import BACKBONES, Backbone, get_backbone
 from fewshot_engine.datasets import PHOTO_SUFFIXES, LabelledImages, from_folder
-from fewshot_engine.encoder import VIEWS, Embedded, Encoder, embed_files, load_with_recipe
+from fewshot_engine.encoder import Embedded, Encoder, embed_files, load_with_recipe
 from fewshot_engine.errors import CheckpointError, ConfigError, DataError, EngineError, WeightsMissing
+from fewshot_engine.framing import VIEWS
 from fewshot_engine.inference import Predictions, PrototypeModel, classify, classify_batch, fit, mean_embedding, verdict
 from fewshot_engine.recipes import Recipe
 from fewshot_engine.weights import default_cache_dir as default_cache_dir

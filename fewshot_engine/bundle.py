@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewshot_engine.config import ENGINE_VERSION
-from fewshot_engine.encoder import CPU_BATCH, Encoder, Plan, load_encoder, read_plan, with_normalisation, write_onnx
+from fewshot_engine.encoder import Encoder, Plan, load_encoder, read_plan, with_normalisation, write_onnx
 from fewshot_engine.errors import EngineError
 from fewshot_engine.recipes import CARD, WEIGHTS, load_recipe
 
@@ -154,7 +154,6 @@ def _describe(plan: Plan, encoder: Encoder, names: list[str], graph: Path) -> di
         "name": plan.name,
         "engine": ENGINE_VERSION,
         "dim": encoder.dim,
-        "batch": CPU_BATCH,
         "inputs": [
             {
                 "name": name,

@@ -32,6 +32,8 @@ from PIL import Image
 from fewshot_engine.backbones import BACKBONES, EXTRA_PREFIXES, Backbone, Resampling, get_backbone
 from fewshot_engine.config import ENCODERS, ENGINE_VERSION
 from fewshot_engine.errors import CheckpointError, ConfigError, EngineError, ImageRefused, WeightsMissing
+from fewshot_engine.framing import WHOLE, Square, UInt8Array, View, read_view, read_views
+from fewshot_engine.framing import preprocess as preprocess
 from fewshot_engine.images import decode
 from fewshot_engine.prototypes import l2_normalise
 from fewshot_engine.recipes import Recipe, load_recipe
@@ -40,81 +42,14 @@ from fewshot_engine.weights import sha256_of
 if TYPE_CHECKING:
     from torch import nn
 
-UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
 Forward = Callable[[UInt8Array], Float32Array]
 
-CPU_BATCH = 16
+CPU_BATCH = 8  # small, so that the last of a folder are shared among the threads
 # What ONNX Runtime is given at once: more activations than fit the cache cost a quarter of the speed. Processor time of
 # a photo in runs of 1, 2, 4, 8, 16: Lite0 4.2, 4.4, 4.6, 5.1, 5.5 ms; Lite2 10.0, 9.8, 10.6, 12.4, 13.6 ms.
 SQUARES_A_THREAD = 2
 GPU_BATCH = 128
-
-VIEWS = ("whole", "mirror", "crop", "corners", "pad")
-CROP_SHARE = 0.8  # of the shorter side: what a tight crop keeps unless its name says otherwise, as "crop:0.65" does
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-
-
-@dataclass(frozen=True)
-class Square:
-    """One square that a backbone is shown of a photo.
-
-    Attributes:
-        size: of its side, in pixels.
-        share: of the photo's shorter side that it covers, above 0, up to 1.
-        across, down: where it lies in the room that is left: 0 is left or top, 0.5 the middle, 1 right or bottom.
-        padded: all of the photo is in it, between two bars of its mean colour, and `share` says nothing.
-    """
-
-    size: int
-    share: float = 1.0
-    across: float = 0.5
-    down: float = 0.5
-    mirrored: bool = False
-    padded: bool = False
-    resampling: Resampling = "bilinear"
-
-    def cut(self, image: Image.Image) -> UInt8Array:
-        """(size, size, 3) of an image of mode RGB."""
-        pixels = self._padded(image) if self.padded else self._cut_out(image)
-        return pixels[:, ::-1] if self.mirrored else pixels
-
-    def _cut_out(self, image: Image.Image) -> UInt8Array:
-        width, height = image.size
-        side = min(width, height) * self.share
-        left, top = (width - side) * self.across, (height - side) * self.down
-        # The crop travels with the resize, so that nothing outside of it is computed.
-        box = (left, top, left + side, top + side)
-        square = image.resize((self.size, self.size), RESAMPLING[self.resampling], box=box, reducing_gap=2.0)
-        return np.asarray(square, dtype=np.uint8)
-
-    def _padded(self, image: Image.Image) -> UInt8Array:
-        scale = self.size / max(image.size)
-        width, height = (max(1, round(side * scale)) for side in image.size)
-        whole = np.asarray(image.resize((width, height), RESAMPLING[self.resampling], reducing_gap=2.0))
-        square = np.empty((self.size, self.size, 3), dtype=np.uint8)
-        square[:] = whole.mean(axis=(0, 1))
-        left, top = (self.size - width) // 2, (self.size - height) // 2
-        square[top : top + height, left : left + width] = whole
-        return square
-
-    @property
-    def needs_side(self) -> int:
-        """What the photo's shorter side has to have, in pixels, so that nothing is enlarged."""
-        return math.ceil(self.size / self.share)
-
-
-def preprocess(image: Image.Image, size: int) -> UInt8Array:
-    """The square that a backbone sees, (size, size, 3): the shorter side scaled to `size`, then the centre cut out.
-
-    Squeezing the whole picture into the square costs 5 points at 1 shot where photos are not square (clothing, Lite0,
-    cosine: 59.1 against 64.4; padded to a square 61.4), for the weights never saw squeezed things; on square ones
-    (grocery, 79.9) it is all the same. Bicubic gains nothing over bilinear.
-
-    Args:
-        image: mode RGB.
-    """
-    return Square(size).cut(image)
 
 
 def fuse(parts: Sequence[Float32Array]) -> Float32Array:
@@ -256,7 +191,7 @@ def load_with_recipe(
     That is for whoever has a set of photos at hand: `Recipe.familiarity` is asked of all of them, and holds for all.
     """
     plan = read_plan(name_or_checkpoint)
-    shown = _views(views)
+    shown = read_views(views)
     device = device or _default_device()
     forwards = [
         _torch_forward(member, device) if device != "cpu" else _onnx_forward(member.onnx(cache_dir), threads)
@@ -389,45 +324,6 @@ def _embed_batch(batch: list[tuple[int, Path]], encoder: Encoder) -> list[Embedd
     ]
 
 
-@dataclass(frozen=True)
-class _View:
-    """A part of a photo, whatever the size of the square that it becomes; the names are those of `Square`."""
-
-    share: float = 1.0
-    across: float = 0.5
-    down: float = 0.5
-    mirrored: bool = False
-    padded: bool = False
-
-    @property
-    def is_framing(self) -> bool:
-        """Whether it says which part of the photo is shown, and not just how."""
-        return self.padded or self.share < 1
-
-
-def _views(names: Sequence[str]) -> tuple[_View, ...]:
-    views = [view for name in names for view in _views_of(name)]
-    if not views or len(set(views)) != len(views):
-        raise ConfigError(f"views are {', '.join(names) or 'none'}: name at least one, and each once")
-    return tuple(views)
-
-
-def _views_of(name: str) -> list[_View]:
-    kind, _, share_text = name.partition(":")
-    if kind not in VIEWS or (share_text and kind in ("whole", "mirror", "pad")):
-        raise ConfigError(f"view {name!r} is not known: use {', '.join(VIEWS)}, or crop:SHARE and corners:SHARE")
-    try:
-        share = float(share_text) if share_text else CROP_SHARE
-    except ValueError:
-        share = math.nan
-    if not 0.1 <= share < 1:
-        raise ConfigError(f"view {name!r} keeps {share_text!r} of the shorter side: use 0.1 to below 1")
-    if kind == "corners":
-        return [_View(share, across, down) for down in (0.0, 1.0) for across in (0.0, 1.0)]
-    views = {"whole": _View(), "mirror": _View(mirrored=True), "crop": _View(share), "pad": _View(padded=True)}
-    return [views[kind]]
-
-
 _making_lock = threading.Lock()  # threads that want the same file wait for the first of them
 
 
@@ -439,20 +335,20 @@ class Member:
     backbone: Backbone
     image_size: int
     checkpoint: Path | None = None
-    framing: _View = _View()
+    framing: View = WHOLE
 
     @property
     def dim(self) -> int:
         return self.backbone.dim(self.image_size)
 
-    def squares(self, views: Sequence[_View]) -> list[Square]:
+    def squares(self, views: Sequence[View]) -> list[Square]:
         """What it is shown: as its pretrained weights were tested; a model trained here sees what training cut out."""
         crop, resampling = (
             (self.backbone.crop, self.backbone.resampling) if self.checkpoint is None else (1.0, "bilinear")
         )
         return [self._square(view, crop, resampling) for view in views]
 
-    def _square(self, view: _View, crop: float, resampling: Resampling) -> Square:
+    def _square(self, view: View, crop: float, resampling: Resampling) -> Square:
         frame = view if view.is_framing else self.framing
         share = crop * frame.share
         return Square(
@@ -542,13 +438,13 @@ def _pretrained(name: str) -> Member:
     backbone = get_backbone(name)
     if not backbone.pretrained:
         raise ConfigError(f"{name} has no weights of its own: train it first, then name the checkpoint")
-    framings = _views_of(view or "whole")
+    framings = read_view(view or "whole")
     if len(framings) > 1:
         raise ConfigError(f"{name}@{view} shows {len(framings)} squares: a backbone frames a photo in one way")
     return Member(name, backbone, backbone.image_size, framing=framings[0])
 
 
-def _fused_forward(members: Sequence[Member], forwards: Sequence[Forward], views: Sequence[_View]) -> Forward:
+def _fused_forward(members: Sequence[Member], forwards: Sequence[Forward], views: Sequence[View]) -> Forward:
     """Rows, (n, *input_shape) -> (n, dim): each member sees its squares of a row, all views in one go."""
     shapes = [(len(views), member.image_size, member.image_size, 3) for member in members]
     ends = np.cumsum([math.prod(shape) for shape in shapes])

@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from fewshot_engine import __main__ as cli
-from fewshot_engine.encoder import Encoder, Square
+from fewshot_engine.encoder import Encoder
 from fewshot_engine.errors import ConfigError
+from fewshot_engine.framing import Square
 from fewshot_engine.recipes import Recipe
 
 

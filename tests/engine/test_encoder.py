@@ -6,20 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
 from fewshot_engine.backbones import get_backbone
 from fewshot_engine.config import ENCODERS
 from fewshot_engine.encoder import (
     Encoder,
-    Square,
     embed_files,
     export_onnx,
     fuse,
     load_encoder,
-    preprocess,
 )
 from fewshot_engine.errors import CheckpointError, ConfigError
+from fewshot_engine.framing import Square, preprocess
 from fewshot_engine.recipes import load_recipe, save_model
 
 torch = pytest.importorskip("torch")
@@ -118,19 +117,6 @@ def test_a_row_holds_the_squares_one_after_another(accurate, photos):
     assert accurate.needs_side == 280
 
 
-def test_a_padded_square_holds_the_whole_photo_between_bars_of_its_mean():
-    image = Image.new("RGB", (40, 20), (200, 0, 0))
-    image.paste((0, 0, 100), (20, 0, 40, 20))
-    square = Square(20, padded=True).cut(image)
-    assert (square[5:15, :9] == (200, 0, 0)).all()
-    assert (square[5:15, 11:] == (0, 0, 100)).all()
-    assert (np.abs(square[:5].astype(int) - (100, 0, 50)) <= 1).all()
-    assert (square[15:] == square[0, 0]).all()
-    np.testing.assert_array_equal(
-        Square(20, padded=True).cut(image.resize((20, 20))), Square(20).cut(image.resize((20, 20)))
-    )
-
-
 def test_a_view_that_frames_replaces_the_backbones_own_and_a_mirror_keeps_it(accurate, exported):
     mirrored = load_encoder("accurate", cache_dir=exported, threads=1, device="cpu", views=("mirror",))
     cropped = load_encoder("accurate", cache_dir=exported, threads=1, device="cpu", views=("crop:0.5",))
@@ -139,15 +125,6 @@ def test_a_view_that_frames_replaces_the_backbones_own_and_a_mirror_keeps_it(acc
     assert [square.share for square in cropped.squares] == [0.5, 0.5, 0.5]
     with pytest.raises(ConfigError, match="4 squares"):
         load_encoder("efficientnet-lite0@corners", cache_dir=exported)
-
-
-def test_a_corner_or_a_crop_is_what_its_name_says():
-    image = Image.new("RGB", (40, 20), "black")
-    image.paste("red", (32, 12, 40, 20))  # the lower right corner, 40 % of the shorter side
-    assert (Square(8, share=0.4, across=1, down=1).cut(image) == [255, 0, 0]).all()
-    assert not Square(8, share=0.4).cut(image).any()
-    assert Square(8, share=0.4).needs_side == 20
-    np.testing.assert_array_equal(Square(8, mirrored=True).cut(image), Square(8).cut(ImageOps.mirror(image)))
 
 
 @pytest.mark.parametrize(
@@ -166,12 +143,6 @@ def test_views_are_averaged(views, squares, encoder, checkpoint, exported, photo
     if len(parts) > 1:
         parts = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts]
     np.testing.assert_allclose(seeing.encode_images(photos), np.mean(parts, axis=0), atol=1e-4)
-
-
-@pytest.mark.parametrize("views", [(), ("whole", "whole"), ("upside-down",), ("crop:2",), ("crop:x",), ("whole:0.5",)])
-def test_views_that_make_no_sense_are_named(views, checkpoint, exported):
-    with pytest.raises(ConfigError, match="view"):
-        load_encoder(str(checkpoint), cache_dir=exported, views=views)
 
 
 def test_a_model_adapted_over_the_accurate_encoder_loads(accurate, exported, photos, tmp_path):
@@ -253,6 +224,8 @@ def test_loading_at_once_leaves_one_file(checkpoint, tmp_path):
 def test_what_is_no_encoder_is_named(tmp_path):
     with pytest.raises(ConfigError, match="efficientnet-lite0"):
         load_encoder("nonsense", cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match="upside-down"):
+        load_encoder("fast", cache_dir=tmp_path, views=["upside-down"])
     with pytest.raises(ConfigError, match="train it first"):
         load_encoder("conv4", cache_dir=tmp_path)
     with pytest.raises(CheckpointError, match=r"model\.json"):
@@ -263,16 +236,6 @@ def test_what_is_no_encoder_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x04 no tensors")
     with pytest.raises(CheckpointError, match="do not fit"):
         load_encoder(str(tmp_path), cache_dir=tmp_path, device="cpu")
-
-
-def test_preprocessing_cuts_out_the_centre():
-    image = Image.new("RGB", (90, 30), "red")
-    image.paste("blue", (30, 0, 60, 30))
-    square = preprocess(image, 16)
-    assert (square.shape, square.dtype) == ((16, 16, 3), np.uint8)
-    np.testing.assert_array_equal(square[8, 2:14], [[0, 0, 255]] * 12)
-    assert preprocess(image.rotate(90, expand=True), 16).shape == (16, 16, 3)
-    assert preprocess(Image.new("RGB", (1, 500)), 16).shape == (16, 16, 3)
 
 
 def test_files_come_back_in_order_and_the_bad_ones_with_a_reason(tmp_path):
