@@ -41,12 +41,12 @@ def by_hand(mixtures, likely):
 def test_a_labels_probability_is_summed_over_the_names():
     prototypes = by_hand([[1, 0, 0], [0, 0.5, 0.5]], likely=[0.5, 0.3, 0.2])
     answers = zero_shot(np.ones((1, 4)), prototypes)
-    first, second = 0.5, 0.5 * 0.3 + 0.5 * 0.2
+    first, second = 0.5, (0.5 * 0.3 + 0.5 * 0.2) / np.sqrt(0.5) ** text.NARROWNESS
     odds = (first / second) ** (1 / text.TEXT_TEMPERATURE)
     assert answers.labels.tolist() == [[0, 1]]
     np.testing.assert_allclose(answers.confidences, [[odds / (1 + odds), 1 / (1 + odds)]], rtol=1e-5)
     length = np.sqrt(0.5**2 + 0.3**2 + 0.2**2)
-    np.testing.assert_allclose(answers.distances, [[1 - first / length, 1 - second / length / np.sqrt(0.5)]], rtol=1e-5)
+    np.testing.assert_allclose(answers.distances, [[1 - first / length, 1 - 0.25 / length / np.sqrt(0.5)]], rtol=1e-5)
 
 
 def test_the_classifiers_of_a_fused_encoder_are_averaged():
