@@ -9,12 +9,21 @@ from django.views.decorators.http import require_safe
 from webapp.home import read_home
 from webapp.labelsets.cards import label_choices
 from webapp.library.doors import person
+from webapp.library.shelf import collections_of
+
+OFFERED = 100  # collections that a drop can be added to
 
 
 @require_safe
 def home(request: HttpRequest) -> HttpResponse:
     user = person(request)
-    return render(request, "home.html", {"home": read_home(user), "greeting": _greeting(), **label_choices(user)})
+    context = {
+        "home": read_home(user),
+        "greeting": _greeting(),
+        "collections": collections_of(user)[:OFFERED],
+        **label_choices(user),
+    }
+    return render(request, "home.html", context)
 
 
 def _greeting() -> str:

@@ -315,7 +315,7 @@ def fill(owner: User, n: int) -> Collection:
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("home", 12), ("library:collections", 9), ("library:collection", 12), ("library:photos", 4)]
+    ("name", "most"), [("home", 13), ("library:collections", 9), ("library:collection", 12), ("library:photos", 4)]
 )
 def test_pages_take_as_many_queries_for_much_as_for_little(
     owner: User, owner_client: Client, name: str, most: int

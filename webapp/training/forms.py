@@ -17,7 +17,7 @@ TYPICAL_RATE = {"adapt": 1e-4, "full": 1e-3}
 TYPICAL = TrainConfig(kind="full")  # the specification's values; the rate alone depends on the kind
 KINDS = (("adapt", _("Adapt")), ("full", _("Full")))
 BACKBONE_NAMES = {
-    ACCURATE: _("Accurate: EfficientNet-Lite0, -Lite1 and -Lite2"),
+    ACCURATE: _("the accurate encoder"),
     "conv4": _("Conv-4, small, from scratch"),
     "resnet12": _("ResNet-12, from scratch"),
     "efficientnet-lite0": _("EfficientNet-Lite0, pretrained"),
