@@ -435,6 +435,13 @@ def test_a_form_of_files_is_a_whole_upload(kitchen: Kitchen, owner_client: Clien
     assert "3 photos are being looked at" in answer.content.decode()
 
 
+def test_too_many_files_in_a_form_are_no_crash(kitchen: Kitchen, owner_client: Client) -> None:
+    files = [upload(f"{n}.jpg") for n in range(101)]
+    answer = owner_client.post(kitchen.url("upload-examples", kitchen.mango.pk), {"photos": files})
+    assert answer.status_code == 400
+    assert "more than 100 files" in answer.content.decode()
+
+
 def test_a_form_without_files_is_a_sentence(kitchen: Kitchen, owner_client: Client) -> None:
     answer = owner_client.post(kitchen.url("upload-examples", kitchen.mango.pk), {}, follow=True)
     assert "Choose one photo or more." in answer.content.decode()
