@@ -101,3 +101,13 @@ def test_the_same_state_gives_the_same_episodes():
     second = sampler(labels, seed=99)
     second.restore(state)
     assert torch.equal(second.sample(9).indices(), expected.indices())
+
+
+def test_smaller_episodes_come_from_the_same_sampler():
+    labels = np.repeat(np.arange(6), 20)
+    drawn = sampler(labels).sample(50, way=2, shot=1)
+    assert drawn.support.shape == (50, 2, 1)
+    assert drawn.query.shape == (50, 2, 4)
+    check(drawn, labels, np.arange(120))
+    with pytest.raises(ConfigError, match="4-way 1-shot of a sampler made for up to 3-way 2-shot"):
+        sampler(labels).sample(1, way=4, shot=1)

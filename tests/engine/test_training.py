@@ -5,14 +5,16 @@ import pytest
 import torch
 
 from fewshot_engine import checkpoints, training
-from fewshot_engine.config import Augmentation, EpisodeConfig, TrainConfig
+from fewshot_engine.config import Augmentation, Curriculum, EpisodeConfig, Stage, TrainConfig, Variation
 from fewshot_engine.datasets import ClassSplit, TrainData
 from fewshot_engine.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from fewshot_engine.evaluation import evaluate
+from fewshot_engine.networks import Network
 from fewshot_engine.recipes import apply_recipe, load_model
 from fewshot_engine.training import (
     Evaluated,
     Finished,
+    Pretrained,
     Saved,
     Started,
     Step,
@@ -284,3 +286,236 @@ def test_loss_does_not_depend_on_the_order_of_support():
         flat = z[:, :, order].flatten(1, 2)
         values.append(float(prototypical_loss(flat @ flat.mT, way=2, shot=3, scale=torch.tensor(3.0))[0]))
     assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_label_smoothing_by_hand():
+    z = torch.nn.functional.normalize(torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0)), dim=3)
+    flat = z.flatten(1, 2)
+    options = {"way": 2, "shot": 1, "scale": torch.tensor(2.0)}
+    smooth, _ = prototypical_loss(flat @ flat.mT, label_smoothing=0.2, **options)
+    losses = []
+    for way in range(2):
+        for query in z[0, way, 1:]:
+            logs = torch.log_softmax(2 * torch.stack([query @ z[0, k, 0] for k in range(2)]), dim=0)
+            losses.append(-0.9 * logs[way] - 0.1 * logs[1 - way])  # 0.2 spread over two ways
+    assert float(smooth) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+
+
+EVERYTHING = TrainConfig(
+    **{
+        **FULL.__dict__,
+        "episodes_per_step": 2,
+        "optimiser": "sgd",
+        "momentum": 0.8,
+        "schedule": "plateau",
+        "rate_patience": 1,
+        "warmup_episodes": 3,
+        "label_smoothing": 0.1,
+        "clip_norm": 1.0,
+        "ema_decay": 0.9,
+        "eval_every_episodes": 4,
+        "patience": 10,
+        "pretrain_epochs": 2,
+        "pretrain_batch": 16,
+        "rotations_as_classes": True,
+        "class_weights": "size",
+        "curriculum": Curriculum((Stage(0, 2, 3), Stage(0.4, 3, 2))),
+    }
+)
+
+
+@pytest.mark.parametrize("stop_at", ["pretraining", "episodes"])
+def test_a_run_with_everything_switched_on_resumes_bit_for_bit(tmp_path, stop_at, monkeypatch):
+    data = bars(n_classes=12)
+    straight = reports(EVERYTHING, data, tmp_path / "straight")
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY_S", -1.0)
+    run = meta_train(EVERYTHING, data, checkpoint=tmp_path / "stopped", device="cpu", threads=1)
+    wanted = (3, 0) if stop_at == "pretraining" else (None, 6)
+    saved = 0
+    for report in run:
+        saved += isinstance(report, Saved)
+        if isinstance(report, Saved) and (saved == wanted[0] or report.episode == wanted[1] != 0):
+            break
+    run.close()
+    monkeypatch.undo()
+    meta = checkpoints.load(tmp_path / "stopped")[1]
+    assert meta["episode"] == wanted[1]
+    resumed = reports(EVERYTHING, data, tmp_path / "resumed", resume=tmp_path / "stopped")
+    for name in ("best", "test", "baseline", "notes"):
+        assert getattr(resumed[-1], name) == getattr(straight[-1], name)
+    ones, one_meta = checkpoints.load(tmp_path / "straight")
+    others, other_meta = checkpoints.load(tmp_path / "resumed")
+    assert one_meta == other_meta
+    for name in ones.keys() - {"sums"}:
+        assert np.array_equal(ones[name], others[name]), name
+
+
+def test_three_ways_of_classes_and_the_final_figure_from_the_third(tmp_path):
+    data = nuisance_embeddings()
+    found = reports(ADAPT, data, tmp_path / "run")
+    started, finished = found[0], found[-1]
+    parts = [set(p) for p in (started.base_classes, started.validation_classes, started.test_classes)]
+    assert set.union(*parts) == set(data.classes)
+    assert sum(map(len, parts)) == len(data.classes)
+    assert finished.final == finished.test
+    assert "on the test classes" in finished.notes[0]
+    card = load_model(finished.model)[1]
+    assert card["test"]["accuracy"] == finished.test.accuracy
+    assert card["test_baseline"]["accuracy"] == finished.test_baseline.accuracy
+
+    # Spoiling the test classes changes their figure, and nothing that is learned or chosen.
+    spoiled = data.embeddings.copy()
+    tested = np.isin(data.labels, [data.classes.index(name) for name in started.test_classes])
+    spoiled[tested] = np.random.default_rng(9).standard_normal((tested.sum(), spoiled.shape[1]))
+    other = reports(ADAPT, TrainData(data.classes, data.labels, embeddings=spoiled), tmp_path / "other")[-1]
+    assert other.best == finished.best
+    assert other.test.accuracy < finished.test.accuracy
+    ones, others = (load_model(report.model)[0] for report in (finished, other))
+    assert all(np.array_equal(ones[name], others[name]) for name in ones)
+
+
+def test_a_figure_of_the_classes_that_chose_the_checkpoint_is_called_optimistic(tmp_path):
+    finished = reports(ADAPT, nuisance_embeddings(n_classes=8), tmp_path / "run")[-1]
+    assert finished.test is None
+    assert finished.final == finished.best
+    assert finished.best.optimistic
+    assert not finished.baseline.optimistic
+    assert any("is optimistic" in note for note in finished.notes)
+
+
+def test_running_out_of_memory_backs_off_and_says_so(tmp_path, monkeypatch):
+    forward, sizes = Network._forward, []
+
+    def scarce(self, x, network):
+        if len(x) > 12 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("out of memory")
+        sizes.append(len(x))
+        return forward(self, x, network)
+
+    monkeypatch.setattr(Network, "_forward", scarce)
+    config = TrainConfig(**{**FULL.__dict__, "epochs": 1, "episodes_per_epoch": 4, "episodes_per_step": 2})
+    finished = reports(config, bars(), tmp_path / "run")[-1]
+    assert any("9 photos go through the network at a time" in note for note in finished.notes)  # 36, 18, 9
+    assert max(sizes) >= 9
+    assert checkpoints.load(tmp_path / "run")[1]["at_once"] == 9
+    assert any("Batch normalisation sees" in note for note in load_model(finished.model)[1]["notes"])
+
+
+def test_memory_that_never_suffices_is_an_error(tmp_path, monkeypatch):
+    def never(self, x, network):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Network, "_forward", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        reports(FULL, bars(), tmp_path / "run")
+
+
+def test_fine_tuning_is_never_worse_than_the_model_it_began_with(tmp_path):
+    config = TrainConfig(**{**FULL.__dict__, "epochs": 1, "episodes_per_epoch": 30, "learning_rate": 3e-3})
+    data = bars()
+    model = reports(config, data, tmp_path / "first")[-1].model
+    ruinous = TrainConfig(**{**config.__dict__, "episodes_per_epoch": 4, "learning_rate": 1.0, "seed": 1})
+    found = reports(ruinous, data, tmp_path / "second", init_from=model)
+    started, finished = found[0], found[-1]
+    first = of_kind(found, Evaluated)[0]
+    assert (first.epoch, first.score) == (0, started.baseline)
+    assert finished.best.accuracy == started.baseline.accuracy
+    assert finished.recommends == "frozen"
+    kept, original = load_model(finished.model)[0], load_model(model)[0]
+    assert all(np.array_equal(kept[name], original[name]) for name in original)
+    assert load_model(finished.model)[1]["init_from"]["fingerprint"] == data.fingerprint()
+    with pytest.raises(ConfigError, match="only full starts from a finished model"):
+        reports(ADAPT, nuisance_embeddings(), tmp_path / "x", init_from=model)
+
+
+def test_pretraining_learns_the_base_classes_before_the_first_episode(tmp_path):
+    values = {"pretrain_epochs": 8, "pretrain_batch": 32, "pretrain_learning_rate": 3e-3, "epochs": 1}
+    config = TrainConfig(**{**FULL.__dict__, **values, "episodes_per_epoch": 2, "learning_rate": 1e-5})
+    found = reports(config, bars(photos=20), tmp_path / "run")
+    stages = of_kind(found, Pretrained)
+    assert stages[-1].epoch == stages[-1].epochs == 8
+    assert stages[-1].seconds_left == 0
+    evaluated = of_kind(found, Evaluated)
+    assert [report.epoch for report in evaluated] == [0, 1]
+    assert evaluated[0].score.accuracy > found[0].baseline.accuracy + 0.1
+
+
+def test_a_run_without_progress_stops_early_and_lowers_the_rate(tmp_path):
+    values = {"epochs": 6, "episodes_per_epoch": 2, "patience": 3, "schedule": "plateau", "rate_patience": 2}
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(12), 10)
+    data = TrainData(tuple(map(str, range(12))), labels, embeddings=np.eye(12, 16, dtype=np.float32)[labels])
+    data.embeddings[:] += 1e-3 * rng.standard_normal(data.embeddings.shape)
+    found = reports(TrainConfig(**{**ADAPT.__dict__, **values}), data, tmp_path / "run")
+    assert [report.epoch for report in of_kind(found, Evaluated)] == [0, 1, 2, 3]  # all of them 100 %
+    assert any("Stopped early, after 6 of 12 episodes" in note for note in found[-1].notes)
+    assert checkpoints.load(tmp_path / "run")[1]["rate_drops"] == 1
+
+
+def test_an_average_of_the_weights_is_what_is_evaluated_and_kept(tmp_path):
+    config = TrainConfig(**{**FULL.__dict__, "epochs": 1, "ema_decay": 0.99})
+    finished = reports(config, bars(), tmp_path / "run")[-1]
+    tensors, _ = checkpoints.load(tmp_path / "run")
+    kept, _ = load_model(finished.model)
+    assert np.array_equal(kept["0.0.weight"], tensors["average.0"])
+    assert not np.array_equal(kept["0.0.weight"], tensors["learner.0.0.weight"])
+
+
+def shapes_drawn(config, data):
+    run = training._Run(config, data, torch.device("cpu"))
+    shapes = []
+    sample = run.sampler.sample
+
+    def watched(count, **shape):
+        shapes.append((shape["way"], shape["shot"]))
+        return sample(count, **shape)
+
+    run.sampler.sample = watched
+    while not run.is_over:
+        run.step()
+    return shapes, run
+
+
+def test_a_curriculum_goes_from_stage_to_stage_and_is_told():
+    curriculum = Curriculum((Stage(0, 2, 4), Stage(0.5, 3, 1)))
+    config = TrainConfig(**{**ADAPT.__dict__, "epochs": 1, "episodes_per_epoch": 10, "curriculum": curriculum})
+    shapes, run = shapes_drawn(config, nuisance_embeddings())
+    assert shapes == [(2, 4)] * 5 + [(3, 1)] * 5
+    assert run.validation.plan.shot == 2  # the figure is of the episode that was asked for
+    notes = run.started(resumed=False).notes
+    assert "Curriculum, by share of the episodes: from 0% 2-way 4-shot, then from 50% 3-way 1-shot." in notes
+
+
+def test_ways_and_shots_vary_within_their_ranges():
+    values = {"epochs": 1, "episodes_per_epoch": 60, "vary": Variation((2, 4), (1, 3))}
+    config = TrainConfig(**{**ADAPT.__dict__, **values})
+    shapes, _ = shapes_drawn(config, nuisance_embeddings())
+    assert {way for way, _ in shapes} == {2, 3, 4}
+    assert {shot for _, shot in shapes} == {1, 2, 3}
+
+
+def test_rotations_are_classes_of_base_alone(tmp_path):
+    config = TrainConfig(**{**FULL.__dict__, "rotations_as_classes": True})
+    data = bars()
+    run = training._Run(config, data, torch.device("cpu"))
+    base, n = set(run.split.base), len(data.classes)
+    assert {int(name) % n for name in run.sampler.classes} == base
+    assert len(run.sampler.classes) == 4 * len(base)
+    drawn = run.sampler.sample(50).indices()
+    assert set((drawn // len(data.labels)).flatten().tolist()) == {0, 1, 2, 3}
+    assert int(run.validation.photos.max()) < len(data.labels)
+    assert f"{len(base)} base classes, turned" in run.started(resumed=False).notes[-1]
+
+
+def test_large_classes_come_more_often_where_size_counts():
+    data = nuisance_embeddings(n_classes=6, photos=40)
+    kept = np.concatenate([np.flatnonzero(data.labels == c)[: 40 if c == 0 else 10] for c in range(6)])
+    split = ClassSplit((0, 1, 2, 3), (4, 5), 2)
+    few = TrainData(data.classes, data.labels[kept], embeddings=data.embeddings[kept], split=split)
+    values = {**ADAPT.__dict__, "episode": EpisodeConfig(2, 1, 2)}
+    shares = []
+    for weights in ("balanced", "size"):
+        run = training._Run(TrainConfig(**{**values, "class_weights": weights}), few, torch.device("cpu"))
+        shares.append(float((run.sampler.sample(2000).classes == 0).any(dim=1).float().mean()))
+    assert shares[0] == pytest.approx(0.5, abs=0.05)
+    assert shares[1] > 0.75
