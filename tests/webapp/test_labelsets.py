@@ -18,6 +18,7 @@ from fewshot_engine.config import ENGINE_VERSION
 from fewshot_engine.inference import verdict as engine_verdict
 from tests import factories
 from webapp.accounts.models import User
+from webapp.jobs.models import Job
 from webapp.labelsets import cards, results, services
 from webapp.labelsets.models import (
     Classification,
@@ -30,6 +31,7 @@ from webapp.labelsets.models import (
     QueryImage,
 )
 from webapp.library.models import Import, ImportFile, Photo
+from webapp.training.models import Model
 
 pytestmark = pytest.mark.django_db
 SCRIPT = {"HTTP_X_REQUESTED_WITH": "fetch", "HTTP_ACCEPT": "application/json"}
@@ -718,3 +720,13 @@ def test_pages_take_few_queries_whatever_they_show(kitchen: Kitchen, owner_clien
     assert before[1] <= 14
     assert before[2] <= 20
     assert before[3] <= 9
+
+
+def test_what_a_new_model_has_to_look_at_is_counted_on_the_page(kitchen: Kitchen, owner_client: Client) -> None:
+    services.use_model(kitchen.set, Model.objects.exclude(pk=kitchen.set.model_id).get())
+    message = "Looking at the photos: 32 of 200"
+    Job.objects.filter(pk__in=(kitchen.set.job_id, kitchen.batch.job_id)).update(
+        state=Job.State.RUNNING, message=message
+    )
+    assert message in owner_client.get(kitchen.url("labels", kitchen.set.pk)).content.decode()
+    assert message in owner_client.get(kitchen.results_url).content.decode()
