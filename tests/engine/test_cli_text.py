@@ -22,7 +22,7 @@ def run(*arguments):
 def mean_colour_encoder(monkeypatch):
     """Pictures differ in colour alone here, so an encoder that sees nothing else will do."""
     encoder = Encoder("mean", dim=3, squares=[Square(8)], forward=lambda p: p.mean(axis=(1, 2), dtype=np.float32) + 1)
-    monkeypatch.setattr(cli_evaluate, "load_encoder", lambda *args, **kwargs: encoder)
+    monkeypatch.setattr(cli_evaluate, "load_with_recipe", lambda *args, **kwargs: (encoder, None))
 
 
 @pytest.fixture
