@@ -9,7 +9,7 @@ learner is what `training` drives; the finished model is a `recipes.Recipe`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from fewshot_engine.errors import ConfigError, DataError
 from fewshot_engine.recipes import familiarity_of
 
 SHRINKAGES = (0.3, 1.0, 3.0, 10.0, 30.0)  # of the within-class scatter, in units of its mean eigenvalue
+DAMPINGS = (0.0, 0.25, 0.5)  # of the direction in which the class means differ most
 SHARES = (1.0, 0.75, 0.5)  # of the adapted half, beside the frozen one
 AXES = 512  # of the scatter that the whitening keeps: all of them gain no more, 256 lose a tenth of a point
 RANK = 64  # of the correction that the episodes learn; 128 gains nothing
@@ -33,22 +34,69 @@ FITTED_PHOTOS = 2000  # at most, evenly over the classes: more cost seconds and 
 TABLE_PHOTOS = 6000  # up to this many, the products of all pairs are kept: 144 MB at most
 
 FOLDS = 4  # of the base classes
-CHOICE_WAY, CHOICE_SHOTS, CHOICE_QUERY, CHOICE_EPISODES = 5, (1, 5), 10, 300  # of the episodes that a choice is made by
-UNFAMILIAR_SHARE = 0.02  # of the base photos, their fold of classes left out, are farther off than `familiar_from`
+CHOICE_WAY, CHOICE_SHOTS, CHOICE_QUERY, CHOICE_EPISODES = 5, (1, 5), 10, 500  # of the episodes that a choice is made by
+UNFAMILIAR_SHARE = 0.03  # of the base photos, their fold of classes left out, are farther off than `familiar_from`
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What cross-validation decides.
+
+    Attributes:
+        shrinkage: of the scatter, in units of its mean eigenvalue.
+        damping: of the one direction in which the class means differ most, 0 to 1. It tells kinds of classes apart, as
+            fruit from packages; new classes that come together share their place on it and differ elsewhere.
+        share: of the adapted half, beside the frozen one.
+    """
+
+    shrinkage: float
+    damping: float
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """z -> w = z + z A stretch A', then w - damping (w u) u: what photos of one class differ in, made small.
+
+    Attributes:
+        centre: (dim,), taken off first.
+        axes: (dim, r), orthonormal: A.
+        stretch: (r,), above -1 and at most 0.
+        broad: (dim,), of length 1: u.
+    """
+
+    centre: Tensor
+    axes: Tensor
+    stretch: Tensor
+    broad: Tensor
+    damping: float
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        z = embeddings - self.centre
+        z = z + (z @ self.axes * self.stretch) @ self.axes.mT
+        return z - self.damping * torch.outer(z @ self.broad, self.broad)
+
+    def core(self, basis: Tensor) -> Tensor:
+        """(r, r): C, with z + z B C B' the same; the orthonormal basis B, (dim, r), spans the axes and u."""
+        axes, broad = basis.mT @ self.axes, basis.mT @ self.broad
+        stretched = (axes * self.stretch) @ axes.mT
+        return stretched - self.damping * torch.outer(broad + stretched @ broad, broad)
 
 
 @dataclass(frozen=True, eq=False)
 class Scatter:
-    """How photos of one class differ: the within-class scatter of the base classes by its principal axes.
+    """How photos of one class differ: the within-class scatter S of the base classes by its principal axes.
 
     Attributes:
         centre: (dim,), the mean of the class means.
+        offsets: (n_classes, dim), the class means from there.
         axes: (dim, r), orthonormal, by ascending eigenvalue.
         values: (r,), the eigenvalues.
         mean_value: of all dim eigenvalues, the zeros included.
     """
 
     centre: Tensor
+    offsets: Tensor
     axes: Tensor
     values: Tensor
     mean_value: Tensor
@@ -62,28 +110,20 @@ class Scatter:
         residuals = (embeddings - means[index]) / (sizes[index, None] * len(sizes)).sqrt()
         axes, values = principal_axes(residuals, AXES)
         mean_value = (residuals.square().sum() / embeddings.shape[1]).clamp(min=1e-12)
-        return cls(means.mean(dim=0), axes, values, mean_value)
+        centre = means.mean(dim=0)
+        return cls(centre, means - centre, axes, values, mean_value)
 
-    def stretch(self, shrinkage: float) -> Tensor:
-        """(r,), by how much an axis becomes shorter: 1 less than (s m)^(1/2) (value + s m)^(-1/2), m the mean value."""
-        shrunk = shrinkage * self.mean_value
-        return (shrunk / (self.values + shrunk)).sqrt() - 1
-
-    def whitened(self, embeddings: Tensor, shrinkage: float) -> Tensor:
-        """(n, dim) -> (n, dim): z (S + s m)^(-1/2) (s m)^(1/2) of the centred z; what never differs stays as it is."""
-        z = embeddings - self.centre
-        return z + (z @ self.axes * self.stretch(shrinkage)) @ self.axes.mT
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What cross-validation decides: the shrinkage of the scatter, and the share of the adapted half."""
-
-    shrinkage: float
-    share: float
+    def whitening(self, choice: Choice) -> Whitening:
+        """By (s m)^(1/2) (S + s m)^(-1/2), m the mean value and s the shrinkage: what never differs stays as it is."""
+        shrunk = choice.shrinkage * self.mean_value
+        stretch = (shrunk / (self.values + shrunk)).sqrt() - 1
+        whitened = self.offsets + (self.offsets @ self.axes * stretch) @ self.axes.mT
+        broad = principal_axes(whitened, 1)[0]  # none where there is one class
+        broad = broad.flatten() if broad.numel() else torch.zeros_like(self.centre)
+        return Whitening(self.centre, self.axes, stretch, broad, choice.damping)
 
 
-FALLBACK = Choice(shrinkage=3.0, share=0.5)  # where there are too few classes to leave any out
+FALLBACK = Choice(shrinkage=3.0, damping=0.0, share=0.5)  # where there are too few classes to leave any out
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +142,8 @@ class Adapter:
     step never touches the long embeddings. What is evaluated is what the finished model gives: the frozen embedding and
     y, weighted as in `recipes.Recipe`.
 
-    Where the classes to validate and test with were drawn from the data, and not set apart by the caller, the finished
-    model's whitening is fitted once more on all of them: its figures are those of the one without.
+    Where the classes to validate with were drawn from the data, and not set apart by the caller, the finished model's
+    whitening is fitted once more with them: its figures are those of the one without. Test classes are in nothing.
     """
 
     starts_trained = True
@@ -131,7 +171,7 @@ class Adapter:
         self.extra: tuple[Tensor, Tensor] | None = None  # embeddings and labels that the last fit takes in
         exam = _unit_rows(data.embeddings, examined)
         if data.split is None:
-            new = base[examined] < 0
+            new = np.isin(examined, validation.numpy()) & (base[examined] < 0)
             self.extra = exam[torch.from_numpy(new)], torch.from_numpy(data.labels[examined[new]])
         groups = None if data.groups is None else data.groups[learned]
 
@@ -139,16 +179,17 @@ class Adapter:
         self.choice = choose(folds, self.frozen, self.labels, groups, self.seed) if folds else FALLBACK
         self.scatter = fitted_scatter(self.frozen, self.labels, self.seed)
         self.directions = fitted_directions(self.frozen - self.scatter.centre, self.labels, self.seed)
-        features = self.scatter.whitened(self.frozen, self.choice.shrinkage)
+        whitening = self.scatter.whitening(self.choice)
+        features = whitening(self.frozen)
         self.length = torch.linalg.vector_norm(features, dim=1).mean().clamp(min=1e-6)
         centred_length = torch.linalg.vector_norm(self.frozen - self.scatter.centre, dim=1).mean().clamp(min=1e-6)
         self.gain = CORRECTION_GAIN / centred_length
         for fold in folds:
-            features[fold.rows] = fold.scatter.whitened(self.frozen[fold.rows], self.choice.shrinkage)
+            features[fold.rows] = fold.scatter.whitening(self.choice)(self.frozen[fold.rows])
 
-        self.class_means, self.familiar_from = familiar(self.frozen, self.labels, self.seed)
+        self.class_means, self.familiar_from = familiar(self.frozen, self.labels)
         self.learned = _Projected(self, self.frozen, features, learned, len(base))
-        self.examined = _Projected(self, exam, self.scatter.whitened(exam, self.choice.shrinkage), examined, len(base))
+        self.examined = _Projected(self, exam, whitening(exam), examined, len(base))
         self.exam_frozen = coordinates(exam).to(device)
         self.exam_rest = coordinates(self.examined.rest()).to(device)
         self.exam_nearest = (exam @ self.class_means.mT).amax(dim=1)
@@ -199,19 +240,19 @@ class Adapter:
             embeddings = torch.cat([self.frozen, self.extra[0]])
             labels = torch.cat([self.labels, self.extra[1]])
             scatter = fitted_scatter(embeddings, labels, self.seed)
-            means, familiar_from = familiar(embeddings, labels, self.seed)
+            means, familiar_from = familiar(embeddings, labels)
+        whitening = scatter.whitening(self.choice)
         inner, directions = state["inner"].cpu(), state["directions"].cpu()
-        basis = torch.linalg.qr(torch.cat([scatter.axes, directions], dim=1)).Q  # (dim, r)
-        axes, correction = basis.mT @ scatter.axes, basis.mT @ directions
-        core = (axes * scatter.stretch(self.choice.shrinkage)) @ axes.mT
-        core += self.length * self.gain * correction @ inner @ correction.mT
+        spanning = torch.cat([whitening.axes, whitening.broad[:, None], directions], dim=1)
+        basis = torch.linalg.qr(spanning).Q  # (dim, r)
+        correction = basis.mT @ directions
+        core = whitening.core(basis) + self.length * self.gain * correction @ inner @ correction.mT
         tensors = {"centre": scatter.centre, "basis": basis, "core": core, "class_means": means}
         card = {
             "backbone": self.backbone,
             "dim": 2 * len(basis),
             "applies": "[(1 - w)^(1/2) x; w^(1/2) normalise(z + z basis core basis')], z = x - centre, x of length 1",
-            "shrinkage": self.choice.shrinkage,
-            "share": self.choice.share,
+            **asdict(self.choice),
             "familiar_from": familiar_from,
             "adapted_to_classes": len(means),
         }
@@ -256,19 +297,29 @@ class _Projected:
         return torch.bmm(z, z.mT) - torch.bmm(short, short.mT)
 
 
-def fold_of_each_class(n_classes: int, seed: int) -> Tensor:
-    """(n_classes,), each in one of at most FOLDS folds of about equal size, and of two classes at least."""
-    order = torch.randperm(n_classes, generator=torch.Generator().manual_seed(seed))
-    folds = torch.empty_like(order)
-    folds[order] = torch.arange(n_classes) % max(1, min(FOLDS, n_classes // 2))
+def folds_of_kin(means: Tensor) -> Tensor:
+    """(n_classes,): FOLDS folds of about equal size, alike classes together, as new classes of one kind come together.
+
+    Halves along the direction in which the class means, (n_classes, dim), differ most, then halves of these; a part of
+    fewer than four classes stays whole.
+    """
+    parts = [torch.arange(len(means))]
+    while len(parts) < FOLDS and max(map(len, parts)) >= 4:
+        largest = parts.pop(max(range(len(parts)), key=lambda n: len(parts[n])))
+        offsets = means[largest] - means[largest].mean(dim=0)
+        order = largest[(offsets @ principal_axes(offsets, 1)[0]).flatten().argsort(stable=True)]
+        parts += [order[: len(order) // 2], order[len(order) // 2 :]]
+    folds = torch.empty(len(means), dtype=torch.long)
+    for number, part in enumerate(parts):
+        folds[part] = number
     return folds
 
 
 def leave_classes_out(embeddings: Tensor, labels: Tensor, seed: int) -> list[Fold]:
     """Each class is in one fold; there is none where classes are too few to leave two of them out and keep two."""
-    classes, index = torch.unique(labels, return_inverse=True)
-    fold_of = fold_of_each_class(len(classes), seed)[index]  # (n,)
-    if len(classes) < 4:
+    _, index = torch.unique(labels, return_inverse=True)
+    fold_of = folds_of_kin(class_means(embeddings, index))[index]  # (n,)
+    if int(fold_of.max()) == 0:
         return []
     parts = [(fold_of == number, fold_of != number) for number in range(int(fold_of.max()) + 1)]
     return [
@@ -279,7 +330,7 @@ def leave_classes_out(embeddings: Tensor, labels: Tensor, seed: int) -> list[Fol
 def choose(
     folds: list[Fold], embeddings: Tensor, labels: Tensor, groups: NDArray[np.int64] | None, seed: int
 ) -> Choice:
-    """The shrinkage, then the share, that tell left-out classes apart best, at 1 shot and at 5 alike."""
+    """The shrinkage, then the damping, then the share that tell left-out classes apart best, at 1 shot and 5 alike."""
     exams = [exam for fold in folds for exam in _exams(fold, embeddings, labels, groups, seed)]
     if not exams:
         return FALLBACK
@@ -287,8 +338,9 @@ def choose(
     def accuracy(choice: Choice) -> float:
         return sum(exam.accuracy(choice) for exam in exams)
 
-    shrinkage = max(SHRINKAGES, key=lambda shrinkage: accuracy(Choice(shrinkage, 1.0)))
-    return Choice(shrinkage, max(SHARES, key=lambda share: accuracy(Choice(shrinkage, share))))
+    choice = max((Choice(shrinkage, 0.0, 1.0) for shrinkage in SHRINKAGES), key=accuracy)
+    choice = max((replace(choice, damping=damping) for damping in DAMPINGS), key=accuracy)
+    return max((replace(choice, share=share) for share in SHARES), key=accuracy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,22 +348,27 @@ class _Exam:
     """Episodes of classes that a scatter does not know, by the products of their photos alone.
 
     Attributes:
-        frozen: (m, m), products of the L2-normalised embeddings.
-        centred: (m, m), of the centred ones.
+        embeddings: (m, dim), L2-normalised, which the episodes' indices are rows of.
+        frozen: (m, m), their products.
+        centred: (m, m), those of the centred ones.
         along: (m, r), the centred ones along the axes of the scatter.
     """
 
     scatter: Scatter
+    embeddings: Tensor
     frozen: Tensor
     centred: Tensor
     along: Tensor
     episodes: Episodes
 
     def accuracy(self, choice: Choice) -> float:
-        stretch = self.scatter.stretch(choice.shrinkage)
-        whitened = self.centred + (self.along * (2 * stretch + stretch.square())) @ self.along.mT
-        lengths = whitened.diagonal().clamp(min=1e-12).sqrt()
-        adapted = whitened / (lengths[:, None] * lengths)
+        whitening = self.scatter.whitening(choice)
+        products = self.centred + (self.along * (2 * whitening.stretch + whitening.stretch.square())) @ self.along.mT
+        if choice.damping:
+            broad = replace(whitening, damping=0.0)(self.embeddings) @ whitening.broad
+            products -= (1 - (1 - choice.damping) ** 2) * torch.outer(broad, broad)
+        lengths = products.diagonal().clamp(min=1e-12).sqrt()
+        adapted = products / (lengths[:, None] * lengths)
         return accuracy_by_products((1 - choice.share) * self.frozen + choice.share * adapted, self.episodes)
 
 
@@ -331,7 +388,7 @@ def _exams(
         plan = EpisodePlan(min(CHOICE_WAY, len(large)), shot, min(CHOICE_QUERY, int(large.min()) - shot))
         generator = torch.Generator().manual_seed(seed)
         sampler = EpisodeSampler(own_labels, episode=plan, generator=generator, groups=own_groups)
-        yield _Exam(scatter, frozen, centred, along, sampler.sample(CHOICE_EPISODES))
+        yield _Exam(scatter, x, frozen, centred, along, sampler.sample(CHOICE_EPISODES))
 
 
 def _groups_of_classes(labels: Tensor, groups: NDArray[np.int64] | None) -> Iterator[NDArray[np.int64]]:
@@ -357,7 +414,7 @@ def accuracy_by_products(products: Tensor, episodes: Episodes) -> float:
     return float((predicted == truth).double().mean())
 
 
-def familiar(embeddings: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, float]:
+def familiar(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, float]:
     """Class means of length 1, (n_classes, dim), and from which mean cosine to the nearest one photos are familiar.
 
     That is what nearly all base photos reach without the classes of their own fold: new classes of the same kind come
@@ -366,7 +423,7 @@ def familiar(embeddings: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, flo
     _, index = torch.unique(labels, return_inverse=True)
     means = F.normalize(class_means(embeddings, index), dim=1)
     cosines = embeddings @ means.mT
-    folds = fold_of_each_class(len(means), seed)
+    folds = folds_of_kin(means)
     if int(folds.max()) > 0:
         cosines[folds[index][:, None] == folds] = -1
     return means, float(torch.quantile(cosines.amax(dim=1), UNFAMILIAR_SHARE))

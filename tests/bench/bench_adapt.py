@@ -69,7 +69,7 @@ def adapted_to(images: LabelledImages, embeddings: Vectors, chosen: NDArray[np.b
             elif isinstance(report, Finished):
                 recipe = load_recipe(report.model)
                 size = sum(file.stat().st_size for file in report.model.iterdir())
-    told = {name: recipe.card[name] for name in ("shrinkage", "share", "familiar_from", "best_at")}
+    told = {name: recipe.card[name] for name in ("shrinkage", "damping", "share", "familiar_from", "best_at")}
     say(
         what="adapting",
         classes=len(classes),

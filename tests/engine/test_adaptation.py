@@ -8,12 +8,13 @@ from torch.nn.functional import normalize
 from fewshot_engine import adaptation
 from fewshot_engine.adaptation import (
     Adapter,
+    Choice,
     Scatter,
     accuracy_by_products,
     choose,
     coordinates,
     familiar,
-    fold_of_each_class,
+    folds_of_kin,
     leave_classes_out,
     principal_axes,
     thinned_evenly,
@@ -68,8 +69,11 @@ def test_the_closed_form_by_hand():
     assert scatter.centre.tolist() == pytest.approx([3, 0])
     assert (scatter.values.tolist(), float(scatter.mean_value)) == ([pytest.approx(4)], pytest.approx(2))
     # with shrinkage 3: 1 where photos of a class do not differ, (6 / (4 + 6))^(1/2) where they do
-    white = scatter.whitened(torch.tensor([[4.0, 1]]), shrinkage=3)
+    white = scatter.whitening(Choice(3, 0, 1))(torch.tensor([[4.0, 1]]))
     assert white.flatten().tolist() == pytest.approx([1, 0.6**0.5])
+    # the classes differ along x: a damping of 1/4 takes as much off
+    white = scatter.whitening(Choice(3, 0.25, 1))(torch.tensor([[4.0, 1]]))
+    assert white.flatten().tolist() == pytest.approx([0.75, 0.6**0.5])
 
 
 @pytest.mark.parametrize("photos", [4, 40], ids=["fewer photos than dimensions", "more"])
@@ -80,7 +84,28 @@ def test_the_closed_form_is_its_definition(photos):
     shrunk = 3 * scatter.trace() / 30
     values, vectors = torch.linalg.eigh(scatter + shrunk * torch.eye(30))
     expected = (x - x.mean(dim=0)) @ vectors @ torch.diag((shrunk / values) ** 0.5) @ vectors.T
-    assert torch.allclose(Scatter.of(x.float(), labels).whitened(x.float(), 3).double(), expected, atol=1e-4)
+    assert torch.allclose(
+        Scatter.of(x.float(), labels).whitening(Choice(3, 0, 1))(x.float()).double(), expected, atol=1e-4
+    )
+
+
+def test_a_whitening_is_one_small_core():
+    x, labels = (torch.from_numpy(array) for array in shop(6, 4))
+    whitening = Scatter.of(x, labels).whitening(Choice(1, 0.5, 1))
+    basis = torch.linalg.qr(torch.cat([whitening.axes, whitening.broad[:, None]], dim=1)).Q
+    z = x - whitening.centre
+    assert torch.allclose(whitening(x), z + z @ basis @ whitening.core(basis) @ basis.mT, atol=1e-4)
+
+
+def test_a_choice_is_judged_by_what_it_would_give():
+    x, labels = (torch.from_numpy(array) for array in shop(8, 6))
+    x = normalize(x, dim=1)
+    fold = leave_classes_out(x, labels, 0)[0]
+    exam = next(iter(adaptation._exams(fold, x, labels, None, 0)))
+    choice = Choice(3.0, 0.5, 0.75)
+    adapted = normalize(fold.scatter.whitening(choice)(x[fold.rows]), dim=1)
+    both = torch.cat([0.5 * x[fold.rows], 0.75**0.5 * adapted], dim=1)
+    assert exam.accuracy(choice) == pytest.approx(accuracy_by_products(both @ both.mT, exam.episodes), abs=0.002)
 
 
 def test_classes_count_alike_whatever_their_size():
@@ -127,11 +152,21 @@ def test_accuracy_by_products_equals_the_slow_reference():
     assert accuracy_by_products(x @ x.mT, drawn) == pytest.approx(np.mean(right))
 
 
+def test_classes_of_one_kind_are_in_one_fold():
+    kinds = torch.tensor([[9.0, 0], [0, 9], [-9, 0], [0, -9]]).repeat_interleave(3, dim=0)
+    means = kinds + torch.rand(12, 2, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    folds = folds_of_kin(means[order])[order.argsort()].view(4, 3)
+    assert (folds == folds[:, :1]).all()
+    assert folds[:, 0].unique().tolist() == [0, 1, 2, 3]
+    assert folds_of_kin(means[:3]).tolist() == [0, 0, 0]
+
+
 def test_folds_share_out_the_classes_and_leave_them_out():
     x, labels = (torch.from_numpy(array) for array in shop(10, 6))
     folds = leave_classes_out(x, labels, seed=0)
     assert sorted(torch.cat([fold.rows for fold in folds]).tolist()) == list(range(60))
-    assert [len(torch.unique(labels[fold.rows])) for fold in folds] == [3, 3, 2, 2]
+    assert sorted(len(torch.unique(labels[fold.rows])) for fold in folds) == [2, 2, 3, 3]
     kept = torch.ones(60, dtype=torch.bool)
     kept[folds[0].rows] = False
     assert torch.equal(folds[0].scatter.centre, Scatter.of(x[kept], labels[kept]).centre)
@@ -169,7 +204,7 @@ def test_cosines_are_those_of_embeddings_whitened_without_their_own_fold():
     photos = torch.randint(0, 120, (2, 30), generator=torch.Generator().manual_seed(0))
     y = torch.empty(120, 40)
     for fold in leave_classes_out(learner.frozen, learner.labels, CONFIG.seed):
-        y[fold.rows] = fold.scatter.whitened(learner.frozen[fold.rows], learner.choice.shrinkage) / learner.length
+        y[fold.rows] = fold.scatter.whitening(learner.choice)(learner.frozen[fold.rows]) / learner.length
     centred = (learner.frozen - learner.scatter.centre) @ learner.directions
     y += learner.gain * centred @ learner.inner.detach() @ learner.directions.mT
     z = normalize(y, dim=1)[photos]
@@ -225,14 +260,14 @@ def test_restoring_brings_the_directions_back_with_the_signs_they_had():
 def test_familiar_is_what_new_classes_of_the_kind_reach():
     x, labels = shop()
     x = normalize(torch.from_numpy(x), dim=1)
-    means, familiar_from = familiar(x, torch.from_numpy(labels), 0)
+    means, familiar_from = familiar(x, torch.from_numpy(labels))
     assert torch.allclose(means.norm(dim=1), torch.ones(16))
-    folds = fold_of_each_class(16, 0)
+    folds = folds_of_kin(means)
     nearest = [
         max(float(photo @ means[c]) for c in range(16) if folds[c] != folds[label])
         for photo, label in zip(x, labels, strict=True)
     ]
-    assert familiar_from == pytest.approx(np.quantile(nearest, 0.02), abs=1e-5)
+    assert familiar_from == pytest.approx(np.quantile(nearest, adaptation.UNFAMILIAR_SHARE), abs=1e-5)
 
 
 def test_away_from_what_it_was_adapted_to_the_frozen_encoder_answers(tmp_path):
