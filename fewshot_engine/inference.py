@@ -223,10 +223,10 @@ def fit(
     compared = l2_normalise(prepared - common)
     prototypes, prototype_labels = _prototypes(compared, label_of, n_way, rule)
     copies = near_copies(l2_normalise(support), label_of)
-    left_out = leave_one_out(compared, label_of, n_way, rule, copies)
+    by_rule = leave_one_out(compared, label_of, n_way, rule, copies)
     by_means = leave_one_out(prepared, label_of, n_way, Rule("cosine"), copies)
-    scale = _Scale.of(left_out, by_means, prepared, centred=centre is not None)
-    expected, interval = _expected_accuracy(left_out)
+    scale = _Scale.of(by_rule, by_means, prepared, centred=centre is not None)
+    expected, interval = _expected_accuracy(by_rule)
     model = PrototypeModel(
         prototypes=prototypes.astype(np.float32),
         prototype_labels=prototype_labels,
@@ -235,13 +235,13 @@ def fit(
         negatives=(prepared[:0] if negatives is None else _prepare(negatives, centre)).astype(np.float32),
         centre=None if centre is None else np.asarray(centre, dtype=np.float32),
         common=common.astype(np.float32),
-        temperature=_fit_temperature(left_out, scale),
+        temperature=_fit_temperature(by_rule, scale),
         stranger_weights=(),
         expected_accuracy=expected,
         expected_accuracy_ci=interval,
-        per_label=_label_health(left_out, n_way),
+        per_label=_label_health(by_rule, n_way),
     )
-    return replace(model, stranger_weights=_fit_stranger_weights(left_out, by_means, scale, model))
+    return replace(model, stranger_weights=_fit_stranger_weights(by_rule, by_means, scale, model))
 
 
 def classify(model: PrototypeModel, queries: FloatArray, *, top_k: int = 3) -> Predictions:
@@ -403,14 +403,14 @@ class _Scale:
     centred: bool
 
     @classmethod
-    def of(cls, left_out: LeftOut, by_means: LeftOut, prepared: FloatArray, *, centred: bool) -> _Scale:
-        n, n_way = left_out.similarities.shape
+    def of(cls, by_rule: LeftOut, by_means: LeftOut, prepared: FloatArray, *, centred: bool) -> _Scale:
+        n, n_way = by_rule.similarities.shape
         if n_way == 1:
             # Averaging cancels what the examples do not share, so a prototype is more like anything than an example is.
             length = float(np.linalg.norm(prepared.mean(axis=0)))
             between = min(_LONE_LABEL_COSINE[centred] / max(length, 0.3), 0.9)
             return cls(between, between, float(np.log(n)), 0.0, centred)
-        across, across_means = min(left_out.across, 0.95), min(by_means.across, 0.95)
+        across, across_means = min(by_rule.across, 0.95), min(by_means.across, 0.95)
         return cls(across, across_means, float(np.log(n / n_way)), float(np.log(n_way)), centred)
 
     def features(self, to_means: FloatArray, to_prototypes: FloatArray) -> FloatArray:
@@ -419,7 +419,7 @@ class _Scale:
         return np.stack([best[0] / (1 - self.across_means), best[1] / (1 - self.across)], axis=1)
 
 
-def _fit_temperature(left_out: LeftOut, scale: _Scale) -> float:
+def _fit_temperature(by_rule: LeftOut, scale: _Scale) -> float:
     """Most probable temperature: likelihood of the left-out examples' labels times a log-normal prior.
 
     Where no example has company (one a label) that is the prior, in proportion to how far apart the labels are. An
@@ -427,15 +427,15 @@ def _fit_temperature(left_out: LeftOut, scale: _Scale) -> float:
     taken off again.
     """
     centre = float(np.log(_PRIOR_TEMPERATURE * (1 - scale.across))) + _PRIOR_TEMPERATURE_SHOT * scale.log_shot
-    use = left_out.has_company
-    if left_out.similarities.shape[1] < 2 or not use.any():
+    use = by_rule.has_company
+    if by_rule.similarities.shape[1] < 2 or not use.any():
         return float(np.exp(centre))
     shot = max(float(np.exp(scale.log_shot)), 2)
     one_less = _PRIOR_TEMPERATURE_SHOT * float(np.log((shot - 1) / shot))  # above 0
     offsets = np.linspace(-2.5, 2.5, 21)
     grid = centre + one_less + offsets
-    cosines = left_out.similarities[use].astype(np.float32)
-    own = cosines[np.arange(len(cosines)), left_out.labels[use]]
+    cosines = by_rule.similarities[use].astype(np.float32)
+    own = cosines[np.arange(len(cosines)), by_rule.labels[use]]
     shifted = cosines - cosines.max(axis=1, keepdims=True)
     log_posterior = []
     for log_temperature, offset in zip(grid, offsets, strict=True):
@@ -447,7 +447,7 @@ def _fit_temperature(left_out: LeftOut, scale: _Scale) -> float:
 
 
 def _fit_stranger_weights(
-    left_out: LeftOut, by_means: LeftOut, scale: _Scale, model: PrototypeModel
+    by_rule: LeftOut, by_means: LeftOut, scale: _Scale, model: PrototypeModel
 ) -> tuple[float, ...]:
     """Logistic regression from two similarities to "none of these", most probable under a measured prior.
 
@@ -458,11 +458,11 @@ def _fit_stranger_weights(
     log_shot, log_way = _PRIOR_LOG_SHOT[scale.centred], _PRIOR_LOG_WAY[scale.centred]
     prior = _PRIOR_STRANGER[scale.centred].copy()
     prior[0] += log_shot * scale.log_shot + log_way * scale.log_way
-    use = left_out.has_company
+    use = by_rule.has_company
     if model.n_way < 2 or not use.any():
         return _unscaled(prior, scale)
-    known = scale.features(by_means.similarities[use], left_out.similarities[use])
-    strangers = scale.features(by_means.foreign, left_out.foreign)
+    known = scale.features(by_means.similarities[use], by_rule.similarities[use])
+    strangers = scale.features(by_means.foreign, by_rule.foreign)
     if len(model.negatives):
         of_negatives = scale.features(_to_means(model, model.negatives), model.similarities(model.negatives))
         strangers = np.concatenate([strangers, of_negatives])
@@ -550,30 +550,30 @@ def _evidence(
     return rows, values
 
 
-def _expected_accuracy(left_out: LeftOut) -> tuple[float | None, float | None]:
+def _expected_accuracy(by_rule: LeftOut) -> tuple[float | None, float | None]:
     """Leave-one-out hit rate, and half the width of Wilson's 95 % interval (Wilson 1927)."""
-    n = int(left_out.has_company.sum())
-    if n == 0 or left_out.similarities.shape[1] < 2:
+    n = int(by_rule.has_company.sum())
+    if n == 0 or by_rule.similarities.shape[1] < 2:
         return None, None
-    rate = float(left_out.hits.sum()) / n
+    rate = float(by_rule.hits.sum()) / n
     z = 1.96
     return rate, z / (1 + z * z / n) * float(np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)))
 
 
-def _label_health(left_out: LeftOut, n_way: int) -> tuple[LabelHealth, ...]:
-    answers = left_out.similarities.argmax(axis=1)
-    return tuple(_health_of(label, left_out, answers, n_way) for label in range(n_way))
+def _label_health(by_rule: LeftOut, n_way: int) -> tuple[LabelHealth, ...]:
+    answers = by_rule.similarities.argmax(axis=1)
+    return tuple(_health_of(label, by_rule, answers, n_way) for label in range(n_way))
 
 
-def _health_of(label: int, left_out: LeftOut, answers: npt.NDArray[np.int64], n_way: int) -> LabelHealth:
-    own = left_out.labels == label
-    rows = np.flatnonzero(own & left_out.has_company)
+def _health_of(label: int, by_rule: LeftOut, answers: npt.NDArray[np.int64], n_way: int) -> LabelHealth:
+    own = by_rule.labels == label
+    rows = np.flatnonzero(own & by_rule.has_company)
     if len(rows) == 0 or n_way < 2:
         return LabelHealth(int(own.sum()))
     missed = rows[answers[rows] != label]
     if len(missed) == 0:
         return LabelHealth(int(own.sum()), expected=1.0)
-    farthest = int(missed[left_out.similarities[missed, label].argmin()])
+    farthest = int(missed[by_rule.similarities[missed, label].argmin()])
     return LabelHealth(
         examples=int(own.sum()),
         expected=1 - len(missed) / len(rows),
