@@ -1,8 +1,9 @@
 // The first page: a drop zone that asks what the photos are for, and the jobs that run.
-import { element, openDialog, request, toastError } from "./app.js";
+import { element, openDialog, request } from "./app.js";
 import { openCamera } from "./camera.js";
 import { labelChoice } from "./labelchoice.js";
 import { isActive, onSummary } from "./live.js";
+import { say } from "./morphing.js";
 import { arrange, filesFromDrop, filesFromInput, showSending, upload } from "./upload.js";
 
 const gettext = (text) => (window.gettext ? window.gettext(text) : text);
@@ -22,11 +23,18 @@ let isSending = false;
 function ask(files, proposed = "new") {
   if (!files.length || isSending) return;
   chosen = files;
+  say(form.querySelector("[data-problem]"), "");
   (form.querySelector(`[name="aim"][value="${proposed}"]`) ?? form.querySelector('[name="aim"]')).checked = true;
   showAim();
   const photos = ngettext("%s file", "%s files", files.length).replace("%s", files.length.toLocaleString());
   dialog.querySelector("[data-chosen]").textContent = files.length === 1 ? files[0].file.name : photos;
   form.querySelector("#new-name").value = arrange(files, { isNew: true }).name;
+  openDialog("what-for");
+}
+
+/** It could not begin: the files are still chosen, and another answer may do. */
+function askAgain(problem) {
+  say(form.querySelector("[data-problem]"), problem);
   openDialog("what-for");
 }
 
@@ -106,7 +114,7 @@ async function send(files, purpose) {
     if (opened) explain(shown, error, opened.pageUrl);
     else {
       card.hidden = true;
-      toastError(error);
+      if (error.name !== "AbortError") askAgain(error.message);
     }
   }
 }

@@ -86,6 +86,8 @@ def test_a_photo_taken_on_home_becomes_an_example_of_a_new_label(page: Page, acc
     dialog.get_by_text("Examples of a label").click()
     dialog.locator("#examples-set").select_option(label="Desk")
     dialog.locator("#examples-label").select_option(label="A new label…")
+    dialog.get_by_role("button", name="Upload").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("A label needs a name.")  # and the photo is still there
     dialog.locator("#examples-name").fill("Lamp")
     snap(page, "23-camera-what-for")
     dialog.get_by_role("button", name="Upload").click()
@@ -111,3 +113,20 @@ def test_examples_can_be_added_without_scripts(
     context.close()
     page.goto(address)
     expect(examples_of(card_of(page, "Pear"))).to_have_count(2, timeout=60_000)
+
+
+def test_a_label_set_is_put_away_deleted_and_brought_back(page: Page, account: None) -> None:
+    log_in(page)
+    make_label_set(page, "Passing fancy", "Thing")
+    page.get_by_label("More for this label set").click()
+    page.get_by_role("button", name="Put away").click()
+    page.wait_for_url("**/label-sets/")
+    page.locator(".put-away summary").click()
+    row = page.locator(".put-away li").filter(has_text="Passing fancy")
+    expect(row).to_contain_text("deleted for good on")
+    snap(page, "28-put-away")
+    row.get_by_role("button", name="Delete for good").click()
+    expect(page.locator(".toast")).to_contain_text("“Passing fancy” is deleted for good in 2 minutes.")
+    page.locator("#toasts").get_by_role("button", name="Undo").click()
+    page.wait_for_url(re.compile(r"/label-sets/[0-9a-f-]{36}/"))
+    expect(card_of(page, "Thing")).to_be_visible()
