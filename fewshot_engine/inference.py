@@ -40,6 +40,9 @@ Labels = npt.NDArray[np.int64]
 # How many photos are taken to be strangers before they are looked at. A person who fears strangers more, or less,
 # moves the threshold; the order of the photos stays.
 STRANGER_SHARE = 1 / 3
+# Photos that agree on a wrong answer make each other sure of it. On the six photo sets of `_PRIOR_TEMPERATURE`, with
+# Dirichlet(2) shares, this brings the calibration error at 1, 2 and 5 examples from 6.3, 3.5, 2.2 % to 4.0, 2.6, 1.6.
+TOGETHER_TEMPERATURE = 1.3  # times the temperature, for photos answered together
 EVIDENCE = 3  # examples shown for the answer, and for the runner-up
 
 
@@ -273,7 +276,8 @@ def classify_batch(
     prepared = model.prepare(queries)
     together = METHODS[method](prepared, model.support, model.support_labels, model.n_way).astype(np.float32)
     alone = model.similarities(prepared)
-    answers = _answers(model, prepared, np.clip(together, -1, 1), top_k)
+    cautious = replace(model, temperature=TOGETHER_TEMPERATURE * model.temperature)
+    answers = _answers(cautious, prepared, np.clip(together, -1, 1), top_k)
     return answers, answers.labels[:, 0] != alone.argmax(axis=1)
 
 

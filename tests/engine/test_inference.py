@@ -3,6 +3,7 @@ import pytest
 
 from fewshot_engine.errors import CheckpointError, DataError, EmptyClassError
 from fewshot_engine.inference import (
+    TOGETHER_TEMPERATURE,
     PrototypeModel,
     classify,
     classify_batch,
@@ -75,6 +76,9 @@ def test_a_batch_is_answered_together_and_says_what_changed():
         gains.append((together.labels[:, 0] == truth).mean() - (alone.labels[:, 0] == truth).mean())
         assert np.isfinite(together.confidences).all()
     assert gains[0] > 0.03
+    sharpness = np.log(together.confidences[:, 0] / together.confidences[:, 1])
+    gap = together.distances[:, 1] - together.distances[:, 0]
+    np.testing.assert_allclose(sharpness, gap / (TOGETHER_TEMPERATURE * model.temperature), rtol=1e-3, atol=1e-3)
     nothing, changed = classify_batch(model, queries[:0])
     assert nothing.labels.shape == (0, 3) and changed.shape == (0,)
 
