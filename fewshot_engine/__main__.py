@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fewshot_engine import config, weights
+from fewshot_engine import weights
 from fewshot_engine.backbones import BACKBONES, Backbone, get_backbone
 from fewshot_engine.datasets import PHOTO_SUFFIXES, LabelledImages, from_folder
 from fewshot_engine.encoder import Embedded, Encoder, embed_files, load_with_recipe
@@ -24,9 +24,9 @@ from fewshot_engine.errors import CheckpointError, ConfigError, DataError, Engin
 from fewshot_engine.framing import VIEWS
 from fewshot_engine.inference import Predictions, PrototypeModel, classify, classify_batch, fit, mean_embedding, verdict
 from fewshot_engine.recipes import Recipe
-from fewshot_engine.weights import default_cache_dir as default_cache_dir
-
-ENCODERS = {name: name for name in config.ENCODERS}  # `load_encoder` knows them; for whoever still asks here
+from fewshot_engine.selection import candidates, choose_batch_method, choose_rule
+from fewshot_engine.transductive import METHODS, Method
+from fewshot_engine.weights import default_cache_dir
 
 ENCODER_HELP = """\
 Encoders: accurate (EfficientNet-Lite0, -Lite1 and -Lite2 side by side, the default), fast (Lite0 alone: a third of
@@ -43,7 +43,7 @@ prints {"photos": 120, "classes": 6, "refused": [{"path": …, "reason": …}], 
 """
 CLASSIFY_HELP = """\
 Learns the labels from the folders of --support, one folder a label with 1 to 10 examples each, and sorts the photos of
---query. No training: a label is the mean of its examples' embeddings, and the nearest one answers.
+--query. No training: a label is a prototype made of its examples' embeddings, and the nearest one answers.
 
   python -m fewshot_engine classify --support examples/ --query holiday/ > answers.jsonl
 
@@ -57,7 +57,8 @@ prints a line for each photo, in any order of folders:
 
 Modes: inductive looks at each photo alone; pool also takes the mean of all the photos of --query as the centre, which
 is worth about 2 points with few examples where they are all of one kind; batch lets the photos of --query help each
-other, which is worth about 5 points with one example a label and nothing with five.
+other, which is worth about 5 points with one example a label and little with five. How labels answer, and whether a
+batch is answered together, is chosen by trying it on the examples; standard error says what was found.
 """
 WEIGHTS_HELP = """\
 Pretrained weights that no package carries are fetched once, checked, and kept for every later use without a network.
@@ -236,9 +237,13 @@ def _classify(options: argparse.Namespace) -> None:
         familiarity = _familiarity(recipe, examples)
         examples, embeddings = (recipe.apply(rows, familiarity=familiarity) for rows in (examples, embeddings))
     centre = mean_embedding(embeddings) if options.mode == "pool" and len(embeddings) else None
-    model = fit(examples, labels, len(classes), centre=centre)
-    if options.mode == "batch" and len(embeddings):
-        answers, changed = classify_batch(model, embeddings, top_k=options.top_k)
+    ways = candidates({"whole": examples}, labels, centres={} if centre is None else {"whole": centre})
+    choice = choose_rule(ways, labels, len(classes))
+    _say(choice.reason)
+    model = fit(examples, labels, len(classes), centre=centre, rule=choice.candidate.rule)
+    together = _batch_method(examples, labels, len(classes)) if options.mode == "batch" and len(embeddings) else None
+    if together is not None:
+        answers, changed = classify_batch(model, embeddings, top_k=options.top_k, method=together)
         _say(f"{int(changed.sum())} of {len(changed)} answers are others than each photo alone would have got")
     else:
         answers = classify(model, embeddings, top_k=options.top_k)
@@ -247,6 +252,12 @@ def _classify(options: argparse.Namespace) -> None:
     for refusal in refused:
         _print({**refusal, "label": None, "verdict": "refused"})
     _say_expected(model)
+
+
+def _batch_method(examples: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], n_way: int) -> Method | None:
+    choice = choose_batch_method(examples, labels, n_way, methods=tuple(METHODS))
+    _say(choice.reason)
+    return choice.method
 
 
 def _classes_left(
