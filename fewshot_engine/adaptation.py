@@ -219,7 +219,7 @@ class Adapter:
         adapted = F.normalize(torch.cat([self.exam_rest[rows], short], dim=1), dim=1)
         nearest = float(self.exam_nearest[rows.cpu()].mean())
         weight = self.choice.share * familiarity_of(nearest, self.familiar_from)
-        return torch.cat([(1 - weight) ** 0.5 * self.exam_frozen[rows], weight**0.5 * adapted], dim=1)
+        return coordinates(torch.cat([(1 - weight) ** 0.5 * self.exam_frozen[rows], weight**0.5 * adapted], dim=1))
 
     def state(self) -> dict[str, Tensor]:
         return {"inner": self.inner.detach().clone(), "directions": self.directions.clone()}
@@ -481,7 +481,7 @@ def coordinates(embeddings: Tensor) -> Tensor:
         return embeddings
     values, vectors = torch.linalg.eigh((embeddings @ embeddings.mT).double())
     short: Tensor = vectors * values.clamp(min=0).sqrt()
-    return short.float()
+    return short.float().contiguous()
 
 
 def _unit_rows(embeddings: NDArray[np.float32], rows: NDArray[np.int64]) -> Tensor:
