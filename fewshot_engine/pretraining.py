@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewshot_engine.config import TrainConfig
+from fewshot_engine.losses import FIRST_SCALE
 from fewshot_engine.networks import Network
 from fewshot_engine.optimisers import Optimiser, cosine
-
-FIRST_SCALE = 10.0  # of the cosines before the softmax; learned from there
 
 
 class Pretraining:

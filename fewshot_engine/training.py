@@ -19,32 +19,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from fewshot_engine import checkpoints
 from fewshot_engine.adaptation import Adapter
-from fewshot_engine.config import ENGINE_VERSION, EpisodeConfig, TrainConfig
+from fewshot_engine.config import ENGINE_VERSION, TrainConfig
 from fewshot_engine.datasets import (
     EpisodePlan,
     TrainData,
-    check_episode,
-    count_photos,
-    one_class_per_group,
     split_for,
 )
 from fewshot_engine.episodes import EpisodeSampler
-from fewshot_engine.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
-from fewshot_engine.evaluation import Score, episode_accuracies
+from fewshot_engine.errors import CheckpointError, ConfigError, TrainingDiverged
+from fewshot_engine.evaluation import Score
+from fewshot_engine.exams import Exam, labels_of, plan_for, with_turns
+from fewshot_engine.losses import FIRST_SCALE, prototypical_loss
 from fewshot_engine.networks import Network, worth_compiling
 from fewshot_engine.optimisers import Average, Optimiser, rate_share
-from fewshot_engine.pretraining import FIRST_SCALE, Pretraining
+from fewshot_engine.pretraining import Pretraining
 from fewshot_engine.recipes import load_model, save_model
 
 CHECKPOINT_EVERY_S = 60.0
 REPORT_EVERY_S = 0.25
-EVALUATION_PHOTOS = 100  # a class at most: more photos of a class cost time and hardly narrow the interval
 DRY_EPISODES = {"adapt": 20, "full": 2}  # for the training loss before there is any training
-EVALUATION_SEED = 1_000_003  # keeps the episodes of evaluation apart from those of training
 
 COUNTERS = ("episode", "best_at", "since_best", "rate_drops", "since_drop")  # of a run, kept in its checkpoint
 
@@ -276,12 +272,12 @@ class _Run:
         self.fingerprint = data.fingerprint()
         self.split = data.split or split_for(data.counts(), config)
         turns = 4 if config.rotations_as_classes else 1
-        self.plan = _plan(data, self.split.base, config.largest_episode, turns)
+        self.plan = plan_for(data, self.split.base, config.largest_episode, turns)
         repeats_base = self.split.optimistic or bool(set(self.split.base) & set(self.split.validation))
-        self.validation = _Exam(config, data, self.split.validation, repeats_base=repeats_base)
-        self.test = _Exam(config, data, self.split.test, seed=1) if self.split.test else None
-        base = _labels_of(data, self.split.base)
-        labels, groups = _with_turns(base, data.groups, len(data.classes), turns)
+        self.validation = Exam(config, data, self.split.validation, repeats_base=repeats_base)
+        self.test = Exam(config, data, self.split.test, name="test", seed=1) if self.split.test else None
+        base = labels_of(data, self.split.base)
+        labels, groups = with_turns(base, data.groups, len(data.classes), turns)
         self.sampler = EpisodeSampler(
             labels,
             episode=self.plan,
@@ -368,7 +364,13 @@ class _Run:
             chance=self.validation.plan.chance,
             baseline=self.baseline,
             resumed_at=self.episode if resumed else 0,
-            notes=(*self.split.notes, *self.plan.notes, *self.validation.notes, *self._course_notes()),
+            notes=(
+                *self.split.notes,
+                *self.plan.notes,
+                *self.validation.notes,
+                *(self.test.notes if self.test else ()),
+                *self._course_notes(),
+            ),
         )
 
     def pretrain_step(self) -> None:
@@ -670,80 +672,6 @@ class _Run:
         self.evaluate_at = min(config.total_episodes, (self.episode // every + 1) * every)
 
 
-def prototypical_loss(
-    cosines: Tensor, *, way: int, shot: int, scale: Tensor, label_smoothing: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the query images over `scale` times their cosines to the prototypes.
-
-    A prototype is the mean of its class's normalised support embeddings, so both its product with a query and its own
-    length follow from the cosines between photos, and the embeddings themselves are not needed. Cosine with a learned
-    scale (Gidaris and Komodakis 2018) instead of the squared Euclidean distance of Snell et al. 2017, because cosine is
-    what the studio answers with.
-
-    Args:
-        cosines: (b, p, p) between the p = way x (shot + query) photos of an episode, class by class, support first.
-        scale: scalar, above 0.
-        label_smoothing: the share of the truth that is spread evenly over all ways (Szegedy et al. 2016).
-
-    Returns:
-        Loss and accuracy, means over all query images.
-    """
-    each = cosines.shape[1] // way
-    by_class = cosines.view(-1, way, each, way, each)
-    products = by_class[:, :, shot:, :, :shot].mean(dim=4)  # (b, way, query, way)
-    lengths = (
-        by_class[:, :, :shot, :, :shot].diagonal(dim1=1, dim2=3).mean(dim=(1, 2)).clamp(min=1e-8).sqrt()
-    )  # (b, way)
-    logits = scale * products / lengths[:, None, None]
-    truth = torch.arange(way, device=logits.device).view(1, way, 1).expand(logits.shape[:3])
-    accuracy = (logits.detach().argmax(dim=3) == truth).float().mean()
-    loss = F.cross_entropy(logits.flatten(0, 2), truth.flatten(), label_smoothing=label_smoothing)
-    return loss, accuracy
-
-
-class _Exam:
-    """Episodes of held-out classes that every score is made on: the same ones, so that scores compare in pairs."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        data: TrainData,
-        classes: tuple[int, ...],
-        *,
-        seed: int = 0,
-        repeats_base: bool = False,
-    ) -> None:
-        labels = _thinned(_labels_of(data, classes), config.seed)
-        counts = {data.classes[index]: 0 for index in classes}
-        counts |= {
-            name: count
-            for name, count in count_photos(data.classes, *_only(labels, data.groups)).items()
-            if name in counts
-        }
-        large = sum(count > config.episode.shot for count in counts.values())
-        if large < 2:
-            raise DataError(
-                f"validation needs 2 classes with at least {config.episode.shot + 1} photos; it has {large} of "
-                f"{len(counts)} held out"
-            )
-        way = min(config.episode.way, large)
-        self.plan = check_episode(counts, replace(config.episode, way=way))
-        self.notes = tuple(f"Validation: {note}" for note in self.plan.notes)
-        self.optimistic = repeats_base
-        self.seed, self.episodes = config.seed + EVALUATION_SEED + seed, config.eval_episodes
-        self.photos = torch.from_numpy(np.flatnonzero(labels >= 0))
-        self.labels, self.groups = _only(labels, data.groups)
-
-    def accuracies(self, embed: Callable[[Tensor], Tensor]) -> NDArray[np.float64]:
-        """(episodes,)."""
-        return episode_accuracies(
-            embed(self.photos), self.labels, self.plan, episodes=self.episodes, seed=self.seed, groups=self.groups
-        )
-
-    def score(self, accuracies: NDArray[np.float64]) -> Score:
-        return Score.of(accuracies, self.plan, optimistic=self.optimistic)
-
-
 class _Pace:
     """How fast it goes, and whether the next report is due; pauses for evaluations and checkpoints do not count."""
 
@@ -770,52 +698,6 @@ class _Pace:
 
     def pause_over(self, done: int) -> None:
         self.since, self.done = self.clock(), done
-
-
-def _plan(data: TrainData, classes: tuple[int, ...], episode: EpisodeConfig, turns: int) -> EpisodePlan:
-    """What episodes of these classes can be, each of which counts `turns` times."""
-    counts = data.counts()
-    needed = replace(episode, way=max(2, math.ceil(episode.way / turns)))
-    plan = check_episode({data.classes[index]: counts[data.classes[index]] for index in classes}, needed)
-    return replace(plan, way=episode.way)
-
-
-def _with_turns(
-    labels: NDArray[np.int64], groups: NDArray[np.int64] | None, n_classes: int, turns: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-    """Labels and groups of each photo, then of each photo turned once, twice, three times, as classes of their own."""
-    shifts = np.repeat(np.arange(turns, dtype=np.int64), len(labels))
-    repeated = np.tile(labels, turns)
-    turned = np.where(repeated >= 0, repeated + n_classes * shifts, -1)
-    if groups is None:
-        return turned, None
-    return turned, np.tile(groups, turns) + (int(groups.max()) + 1) * shifts
-
-
-def _labels_of(data: TrainData, classes: tuple[int, ...]) -> NDArray[np.int64]:
-    """(n,): the labels of these classes' photos, -1 for all others and for what a group keeps in another class."""
-    labels = np.where(np.isin(data.labels, classes), data.labels, -1)
-    if data.groups is not None:
-        labels[~one_class_per_group(data.labels, data.groups)] = -1
-    return labels.astype(np.int64)
-
-
-def _thinned(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """At most EVALUATION_PHOTOS of each class, at random; the others become -1."""
-    labels = labels.copy()
-    random = np.random.default_rng(seed)
-    for name in np.unique(labels[labels >= 0]):
-        members = np.flatnonzero(labels == name)
-        if len(members) > EVALUATION_PHOTOS:
-            labels[random.permutation(members)[EVALUATION_PHOTOS:]] = -1
-    return labels
-
-
-def _only(
-    labels: NDArray[np.int64], groups: NDArray[np.int64] | None
-) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-    kept = labels >= 0
-    return labels[kept], None if groups is None else groups[kept]
 
 
 def _above(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,10 +24,11 @@ from fewshot_engine.backbones import get_backbone
 from fewshot_engine.config import Augmentation, EpisodeConfig, TrainConfig, Variation
 from fewshot_engine.datasets import TrainData, build_pixel_cache, from_folder, read_pixel_cache
 from fewshot_engine.evaluation import Score, episode_accuracies
+from fewshot_engine.losses import prototypical_loss
 from fewshot_engine.networks import Network
 from fewshot_engine.optimisers import Optimiser
 from fewshot_engine.recipes import load_model
-from fewshot_engine.training import Evaluated, Finished, Saved, Started, Step, meta_train, prototypical_loss
+from fewshot_engine.training import Evaluated, Finished, Saved, Started, Step, meta_train
 
 EPISODE = EpisodeConfig(way=5, shot=5, query=15)
 GB = 10**9

@@ -9,6 +9,8 @@ from fewshot_engine.config import Augmentation, Curriculum, EpisodeConfig, Stage
 from fewshot_engine.datasets import ClassSplit, TrainData
 from fewshot_engine.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from fewshot_engine.evaluation import evaluate
+from fewshot_engine.exams import EVALUATION_SEED, labels_of
+from fewshot_engine.losses import prototypical_loss
 from fewshot_engine.networks import Network
 from fewshot_engine.recipes import apply_recipe, load_model
 from fewshot_engine.training import (
@@ -19,7 +21,6 @@ from fewshot_engine.training import (
     Started,
     Step,
     meta_train,
-    prototypical_loss,
 )
 
 EPISODE = EpisodeConfig(way=3, shot=2, query=4)
@@ -88,7 +89,7 @@ def test_adapting_learns_what_a_class_is(tmp_path):
     adapted = apply_recipe(finished.model, data.embeddings)
     assert np.linalg.norm(adapted, axis=1) == pytest.approx(1, abs=1e-5)
     held_out = np.isin(data.labels, [data.classes.index(name) for name in started.validation_classes])
-    options = {"way": 3, "shot": 2, "query": 4, "episodes": 60, "seed": ADAPT.seed + training.EVALUATION_SEED}
+    options = {"way": 3, "shot": 2, "query": 4, "episodes": 60, "seed": ADAPT.seed + EVALUATION_SEED}
     again = evaluate(adapted[held_out], data.labels[held_out], **options)
     assert again.accuracy == pytest.approx(finished.best.accuracy, abs=0.01)
     card = json.loads((finished.model / "model.json").read_text())
@@ -175,7 +176,7 @@ def test_groups_over_two_classes_do_not_tear(tmp_path):
     groups = np.arange(len(data.labels))
     groups[:6] = groups[-1]  # six photos of the first class are near copies of one of the last
     run = training._Run(ADAPT, TrainData(data.classes, data.labels, groups, data.embeddings), torch.device("cpu"))
-    kept = [training._labels_of(run.data, part) for part in (run.split.base, run.split.validation)]
+    kept = [labels_of(run.data, part) for part in (run.split.base, run.split.validation)]
     assert all(labels[-1] == -1 for labels in kept)
     base, validation = (set(groups[labels >= 0]) for labels in kept)
     assert not base & validation
