@@ -32,6 +32,8 @@ RANK = 64  # of the correction that the episodes learn; 128 gains nothing
 CORRECTION_GAIN = 4.0  # scales the correction so that a learning rate of 1e-4 and a few hundred episodes suit it
 FITTED_PHOTOS = 2000  # at most, evenly over the classes: more cost seconds and hardly change the scatter
 TABLE_PHOTOS = 6000  # up to this many, the products of all pairs are kept: 144 MB at most
+EXAM_PHOTOS = 1000  # of a fold of classes, at most, that a choice is judged by
+SHORT_PHOTOS = 1500  # up to this many, rows are brought to coordinates: beyond, that takes longer than it saves
 
 FOLDS = 4  # of the base classes
 CHOICE_WAY, CHOICE_SHOTS, CHOICE_QUERY, CHOICE_EPISODES = 5, (1, 5), 10, 500  # of the episodes that a choice is made by
@@ -163,7 +165,7 @@ class Adapter:
         """
         if data.embeddings is None:
             raise ConfigError("adapt learns from embeddings, and none were given")
-        self.backbone, self.seed, self.device = config.backbone, config.seed, device
+        self.backbone, self.seed, self.device, self.classes = config.backbone, config.seed, device, data.classes
         self.generator = torch.Generator()  # adapt augments nothing
         learned = np.flatnonzero(base >= 0)
         examined = np.unique(np.concatenate([validation.numpy(), test.numpy()]))
@@ -178,17 +180,16 @@ class Adapter:
         folds = leave_classes_out(self.frozen, self.labels, self.seed)
         self.choice = choose(folds, self.frozen, self.labels, groups, self.seed) if folds else FALLBACK
         self.scatter = fitted_scatter(self.frozen, self.labels, self.seed)
-        self.directions = fitted_directions(self.frozen - self.scatter.centre, self.labels, self.seed)
+        centred = self.frozen - self.scatter.centre
+        self.directions = fitted_directions(centred, self.labels, self.seed)
         whitening = self.scatter.whitening(self.choice)
-        features = whitening(self.frozen)
-        self.length = torch.linalg.vector_norm(features, dim=1).mean().clamp(min=1e-6)
-        centred_length = torch.linalg.vector_norm(self.frozen - self.scatter.centre, dim=1).mean().clamp(min=1e-6)
-        self.gain = CORRECTION_GAIN / centred_length
+        whitened = whitening(self.frozen)
+        self.length, self.gain = _mean_length(whitened), CORRECTION_GAIN / _mean_length(centred)
         for fold in folds:
-            features[fold.rows] = fold.scatter.whitening(self.choice)(self.frozen[fold.rows])
+            whitened[fold.rows] = fold.scatter.whitening(self.choice)(self.frozen[fold.rows])
+        self.learned = _Projected(self, self.frozen, whitened, learned, len(base))
 
         self.class_means, self.familiar_from = familiar(self.frozen, self.labels)
-        self.learned = _Projected(self, self.frozen, features, learned, len(base))
         self.examined = _Projected(self, exam, whitening(exam), examined, len(base))
         self.exam_frozen = coordinates(exam).to(device)
         self.exam_rest = coordinates(self.examined.rest()).to(device)
@@ -235,10 +236,9 @@ class Adapter:
             self.exam_rest = coordinates(self.examined.rest()).to(self.device)
 
     def model(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        scatter, means, familiar_from = self.scatter, self.class_means, self.familiar_from
+        scatter, means, familiar_from, labels = self.scatter, self.class_means, self.familiar_from, self.labels
         if self.extra is not None and len(self.extra[1]):
-            embeddings = torch.cat([self.frozen, self.extra[0]])
-            labels = torch.cat([self.labels, self.extra[1]])
+            embeddings, labels = torch.cat([self.frozen, self.extra[0]]), torch.cat([self.labels, self.extra[1]])
             scatter = fitted_scatter(embeddings, labels, self.seed)
             means, familiar_from = familiar(embeddings, labels)
         whitening = scatter.whitening(self.choice)
@@ -254,7 +254,7 @@ class Adapter:
             "applies": "[(1 - w)^(1/2) x; w^(1/2) normalise(z + z basis core basis')], z = x - centre, x of length 1",
             **asdict(self.choice),
             "familiar_from": familiar_from,
-            "adapted_to_classes": len(means),
+            "adapted_to": [self.classes[label] for label in torch.unique(labels)],  # in the order of the class means
         }
         return tensors, card
 
@@ -375,7 +375,7 @@ class _Exam:
 def _exams(
     fold: Fold, embeddings: Tensor, labels: Tensor, groups: NDArray[np.int64] | None, seed: int
 ) -> Iterator[_Exam]:
-    rows, scatter = fold.rows, fold.scatter
+    scatter, rows = fold.scatter, fold.rows[thinned_evenly(labels[fold.rows], EXAM_PHOTOS, seed)]
     x, own_labels = embeddings[rows], labels[rows]
     own_groups = None if groups is None else groups[rows.numpy()]
     sizes = torch.tensor([len(np.unique(photos)) for photos in _groups_of_classes(own_labels, own_groups)])
@@ -476,12 +476,17 @@ def class_means(embeddings: Tensor, index: Tensor) -> Tensor:
 
 
 def coordinates(embeddings: Tensor) -> Tensor:
-    """(n, dim) -> (n, k) with the same products, k at most n: an evaluation of few photos need not carry long rows."""
-    if len(embeddings) >= embeddings.shape[1]:
+    """(n, dim) -> (n, k) with the same products, k at most dim: few photos need not carry long rows about."""
+    if len(embeddings) >= min(embeddings.shape[1], SHORT_PHOTOS):
         return embeddings
     values, vectors = torch.linalg.eigh((embeddings @ embeddings.mT).double())
     short: Tensor = vectors * values.clamp(min=0).sqrt()
     return short.float().contiguous()
+
+
+def _mean_length(rows: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(rows, dim=1).mean()
+    return length.clamp(min=1e-6)
 
 
 def _unit_rows(embeddings: NDArray[np.float32], rows: NDArray[np.int64]) -> Tensor:
