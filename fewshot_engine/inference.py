@@ -44,6 +44,9 @@ STRANGER_SHARE = 1 / 3
 # Dirichlet(2) shares, this brings the calibration error at 1, 2 and 5 examples from 6.3, 3.5, 2.2 % to 4.0, 2.6, 1.6.
 TOGETHER_TEMPERATURE = 1.3  # times the temperature, for photos answered together
 EVIDENCE = 3  # examples shown for the answer, and for the runner-up
+# Leaving out and answering together cost the cube of the photos at hand; beyond these numbers, more say nothing new.
+MOST_LEFT_OUT = 600
+MOST_TOGETHER = 500
 
 
 @dataclass(frozen=True)
@@ -225,10 +228,11 @@ def fit(
     common = _common(prepared, label_of, n_way, rule, is_centred=centre is not None)
     compared = l2_normalise(prepared - common)
     prototypes, prototype_labels = _prototypes(compared, label_of, n_way, rule)
-    copies = near_copies(l2_normalise(support), label_of)
-    by_rule = leave_one_out(compared, label_of, n_way, rule, copies)
-    by_means = leave_one_out(prepared, label_of, n_way, Rule("cosine"), copies)
-    scale = _Scale.of(by_rule, by_means, prepared, centred=centre is not None)
+    asked = _evenly(label_of, MOST_LEFT_OUT)
+    copies = near_copies(l2_normalise(support[asked]), label_of[asked])
+    by_rule = leave_one_out(compared[asked], label_of[asked], n_way, rule, copies)
+    by_means = leave_one_out(prepared[asked], label_of[asked], n_way, Rule("cosine"), copies)
+    scale = _Scale.of(by_rule, by_means, prepared[asked], centred=centre is not None)
     expected, interval = _expected_accuracy(by_rule)
     model = PrototypeModel(
         prototypes=prototypes.astype(np.float32),
@@ -242,7 +246,7 @@ def fit(
         stranger_weights=(),
         expected_accuracy=expected,
         expected_accuracy_ci=interval,
-        per_label=_label_health(by_rule, n_way),
+        per_label=_label_health(by_rule, asked, np.bincount(label_of, minlength=n_way)),
     )
     return replace(model, stranger_weights=_fit_stranger_weights(by_rule, by_means, scale, model))
 
@@ -267,14 +271,18 @@ def classify_batch(
     nothing promises that they do: `selection.choose_batch_method` says whether to use it for a label set.
 
     Args:
-        queries: (n, dim), raw embeddings; all photos that are to be sorted, as they come, strangers among them.
+        queries: (n, dim), raw embeddings; all photos that are to be sorted, as they come, strangers among them. More
+            than MOST_TOGETHER are dealt out to several batches, so that each is a sample of them.
         method: see `transductive.METHODS`.
 
     Returns:
         The answers, and (n,) whether the first of them is another than `classify` gives.
     """
     prepared = model.prepare(queries)
-    together = METHODS[method](prepared, model.support, model.support_labels, model.n_way).astype(np.float32)
+    together = np.empty((len(prepared), model.n_way), dtype=np.float32)
+    for first in range(batches := -(-len(prepared) // MOST_TOGETHER)):
+        part = slice(first, None, batches)
+        together[part] = METHODS[method](prepared[part], model.support, model.support_labels, model.n_way)
     alone = model.similarities(prepared)
     cautious = replace(model, temperature=TOGETHER_TEMPERATURE * model.temperature)
     answers = _answers(cautious, prepared, np.clip(together, -1, 1), top_k)
@@ -301,12 +309,28 @@ def _answers(model: PrototypeModel, prepared: Float32Array, similarities: Float3
 def left_out(
     support: FloatArray, labels: IntArray, n_way: int, *, centre: FloatArray | None = None, rule: Rule | None = None
 ) -> LeftOut:
-    """Each example against the label set without it, as `fit` calibrates on it; arguments as there."""
+    """Each example (MOST_LEFT_OUT at most) against the set without it, as `fit` calibrates; arguments as there."""
     rule = rule or Rule()
     label_of: Labels = labels.astype(np.int64)
     prepared = _prepare(support, centre)
     compared = l2_normalise(prepared - _common(prepared, label_of, n_way, rule, is_centred=centre is not None))
-    return leave_one_out(compared, label_of, n_way, rule, near_copies(l2_normalise(support), label_of))
+    asked = _evenly(label_of, MOST_LEFT_OUT)
+    copies = near_copies(l2_normalise(support[asked]), label_of[asked])
+    return leave_one_out(compared[asked], label_of[asked], n_way, rule, copies)
+
+
+def _evenly(labels: Labels, limit: int) -> Labels:
+    """Rows, ascending: all, or the first of each label, as many as fit within the limit, two at least."""
+    if len(labels) <= limit:
+        return np.arange(len(labels))
+    order = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    place = np.empty_like(labels)  # of each row within its label
+    place[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    each = 2
+    while int(np.minimum(counts, each + 1).sum()) <= limit:
+        each += 1
+    return np.flatnonzero(place < each)
 
 
 def _common(prepared: FloatArray, labels: Labels, n_way: int, rule: Rule, *, is_centred: bool) -> FloatArray:
@@ -564,22 +588,25 @@ def _expected_accuracy(by_rule: LeftOut) -> tuple[float | None, float | None]:
     return rate, z / (1 + z * z / n) * float(np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)))
 
 
-def _label_health(by_rule: LeftOut, n_way: int) -> tuple[LabelHealth, ...]:
+def _label_health(by_rule: LeftOut, asked: Labels, counts: npt.NDArray[np.int64]) -> tuple[LabelHealth, ...]:
+    """Of labels with `counts` examples each, of which the rows `asked` were left out in turn."""
     answers = by_rule.similarities.argmax(axis=1)
-    return tuple(_health_of(label, by_rule, answers, n_way) for label in range(n_way))
+    return tuple(_health_of(label, by_rule, answers, asked, counts) for label in range(len(counts)))
 
 
-def _health_of(label: int, by_rule: LeftOut, answers: npt.NDArray[np.int64], n_way: int) -> LabelHealth:
-    own = by_rule.labels == label
-    rows = np.flatnonzero(own & by_rule.has_company)
+def _health_of(
+    label: int, by_rule: LeftOut, answers: npt.NDArray[np.int64], asked: Labels, counts: npt.NDArray[np.int64]
+) -> LabelHealth:
+    n_way, examples = len(counts), int(counts[label])
+    rows = np.flatnonzero((by_rule.labels == label) & by_rule.has_company)
     if len(rows) == 0 or n_way < 2:
-        return LabelHealth(int(own.sum()))
+        return LabelHealth(examples)
     missed = rows[answers[rows] != label]
     if len(missed) == 0:
-        return LabelHealth(int(own.sum()), expected=1.0)
-    farthest = int(missed[by_rule.similarities[missed, label].argmin()])
+        return LabelHealth(examples, expected=1.0)
+    farthest = int(asked[missed[by_rule.similarities[missed, label].argmin()]])
     return LabelHealth(
-        examples=int(own.sum()),
+        examples=examples,
         expected=1 - len(missed) / len(rows),
         confused_with=int(np.bincount(answers[missed], minlength=n_way).argmax()),
         outlier=farthest if len(rows) >= 3 else None,  # of two examples nobody can say which is the odd one

@@ -126,12 +126,16 @@ def _ridge_foreign(gram: Float64Array, labels: Labels, n_way: int) -> Float64Arr
     The block of a whole label leaves as `ridge.left_out_cosines` lets an example leave.
     """
     inverse = np.linalg.inv(gram + RIDGE * np.eye(len(gram)))
+    crossed = gram @ inverse
     members = one_hot(labels, n_way, np.float64)
     coefficients = inverse @ (members - members.mean(axis=0))
+    products = gram @ coefficients
     foreign = np.empty((len(gram), n_way))
     for label in range(n_way):
         own = np.flatnonzero(labels == label)
-        left = coefficients - inverse[:, own] @ np.linalg.solve(inverse[np.ix_(own, own)], coefficients[own])
-        lengths = np.sqrt(np.maximum((left * (gram @ left)).sum(axis=0), 1e-12))
-        foreign[own] = gram[own] @ left / lengths
+        gone = np.linalg.solve(inverse[np.ix_(own, own)], coefficients[own])
+        left = coefficients - inverse[:, own] @ gone
+        products_left = products - crossed[:, own] @ gone
+        lengths = np.sqrt(np.maximum((left * products_left).sum(axis=0), 1e-12))
+        foreign[own] = products_left[own] / lengths
     return foreign

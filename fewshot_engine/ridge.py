@@ -57,8 +57,12 @@ def ridge_prototypes(support: FloatArray, labels: IntArray, n_way: int) -> Float
     means = compute_prototypes(support, labels, n_way)
     if n_way < 2:
         return l2_normalise(means)
-    coefficients = _coefficients(support @ support.T, labels, n_way)
-    refined: FloatArray = l2_normalise(coefficients.T @ support).astype(support.dtype)
+    if len(support) > support.shape[1]:  # the primal equations are the smaller ones: S'S W + ridge W = S'Y
+        scatter = support.T @ support + RIDGE * np.eye(support.shape[1], dtype=support.dtype)
+        weights = np.linalg.solve(scatter, support.T @ _targets(labels, n_way).astype(support.dtype)).T
+    else:
+        weights = _coefficients(support @ support.T, labels, n_way).T @ support
+    refined: FloatArray = l2_normalise(weights).astype(support.dtype)
     return refined
 
 

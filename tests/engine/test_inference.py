@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from fewshot_engine import inference
 from fewshot_engine.errors import CheckpointError, DataError, EmptyClassError
 from fewshot_engine.inference import (
     TOGETHER_TEMPERATURE,
@@ -226,3 +227,31 @@ def test_a_distance_needs_photos_and_classes():
         distance_from_training(np.empty((0, 2)), np.eye(2))
     with pytest.raises(DataError, match="there are 1"):
         distance_of_unseen_classes(np.eye(2), np.array([0, 0]), np.eye(2)[:1])
+
+
+def test_many_examples_are_calibrated_on_a_part_of_them_and_named_by_their_own_rows(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), [40, 5, 5])
+    kinds = 3 * rng.standard_normal((3, 16))
+    support = kinds[labels] + rng.standard_normal((50, 16))
+    support[42] = kinds[0]  # an outlier of label 1, which has all of its examples asked
+    monkeypatch.setattr(inference, "MOST_LEFT_OUT", 20)
+    model = fit(support, labels, 3)
+    assert [health.examples for health in model.per_label] == [40, 5, 5]
+    assert model.per_label[1].outlier == 42
+    assert len(inference.left_out(support, labels, 3).labels) == 20
+    np.testing.assert_allclose(model.prototypes, fit(support, labels, 3).prototypes)
+
+
+def test_a_large_batch_is_dealt_out_to_several(monkeypatch):
+    rng = np.random.default_rng(0)
+    kinds, labels = 3 * rng.standard_normal((3, 16)), np.repeat(np.arange(3), 2)
+    model = fit(kinds[labels] + rng.standard_normal((6, 16)), labels, 3)
+    truth = rng.permutation(np.repeat(np.arange(3), 7))
+    queries = kinds[truth] + rng.standard_normal((21, 16))
+    monkeypatch.setattr(inference, "MOST_TOGETHER", 10)
+    answers, _ = classify_batch(model, queries)
+    for first in range(3):
+        part, _ = classify_batch(model, queries[first::3])
+        np.testing.assert_array_equal(answers.labels[first::3], part.labels)
+    assert classify_batch(model, queries[:0])[0].labels.shape == (0, 3)

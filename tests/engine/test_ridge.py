@@ -41,8 +41,9 @@ def test_two_orthogonal_examples_give_the_difference_by_hand():
     assert ridge_prototypes(np.eye(2), np.array([0, 1]), 2) == pytest.approx(np.array([[half, -half], [-half, half]]))
 
 
-def test_prototypes_follow_the_primal_equations():
-    support, labels = drawn([1, 4, 2])
+@pytest.mark.parametrize("dim", [12, 5])
+def test_prototypes_follow_the_primal_equations_whichever_are_the_smaller(dim):
+    support, labels = drawn([1, 4, 2], dim=dim)
     assert ridge_prototypes(support, labels, 3) == pytest.approx(slow_prototypes(support, labels, 3))
 
 
