@@ -250,7 +250,7 @@ def place_photos(claim: Claim, batch: Import, outcomes: Sequence[Outcome]) -> li
         placed = _find_or_create_photos(batch, good, categories)
         for outcome in outcomes:
             _settle(outcome, placed.get(outcome.file.pk))
-        ImportFile.objects.bulk_update([o.file for o in outcomes], ["state", "reason", "photo"])
+        _write_back(ImportFile, [o.file for o in outcomes], ["state", "reason", "photo"])
         counts = batch.counts()
         settled = sum(counts[s] for s in ("accepted", "duplicate", "refused", "skipped"))
         Job.objects.filter(pk=claim.job_id).update(done=settled, total=sum(counts.values()))
@@ -352,8 +352,12 @@ def _update_blobs(outcomes: Sequence[Outcome]) -> None:
         blob.notes, blob.format = list(outcome.notes), outcome.format
         blob.width, blob.height, blob.captured_at = outcome.width, outcome.height, outcome.captured_at
         changed.append(blob)
-    fields = ["state", "reason", "notes", "format", "width", "height", "captured_at"]
-    Blob.objects.bulk_update(changed, fields)
+    _write_back(Blob, changed, ["state", "reason", "notes", "format", "width", "height", "captured_at"])
+
+
+def _write_back(model: type[Blob] | type[ImportFile], rows: Sequence[Any], fields: list[str]) -> None:
+    """As `bulk_update`, but as an upsert: its CASE expressions were two thirds of the calls that an import makes."""
+    model._default_manager.bulk_create(rows, update_conflicts=True, unique_fields=["id"], update_fields=fields)
 
 
 def _categories_for(batch: Import, paths: Sequence[str]) -> dict[str, Category]:
