@@ -186,7 +186,7 @@ def _before_episodes(
     run: _Run, checkpoint: Path, save_now: Callable[[], bool], clock: Callable[[], float]
 ) -> Iterator[Report]:
     """What the run starts with is evaluated where it is worth it; then the class-pretraining stage."""
-    if run.starts_trained and run.best is None:
+    if run.learner.starts_trained and run.best is None:
         yield run.evaluate()
         yield run.save(checkpoint)
     stage = run.pretraining
@@ -330,11 +330,6 @@ class _Run:
         return 0 < self.config.patience <= self.since_best and self.episode > 0
 
     @property
-    def starts_trained(self) -> bool:
-        """Worth an evaluation before the first episode, and a candidate for the best."""
-        return self.learner.starts_trained
-
-    @property
     def baseline(self) -> Score:
         return self.validation.score(self.baseline_accuracies)
 
@@ -377,6 +372,8 @@ class _Run:
         assert self.pretraining is not None
         loss, accuracy, photos = self._within_memory(self.pretraining.step)
         self.sums += torch.stack([loss, accuracy, torch.ones_like(accuracy)]).double() * photos
+        if self.average is not None:  # it is of the episodes' steps
+            self.average.start_over()
 
     def step(self) -> None:
         """One step of the optimiser over the next few episodes, never beyond an epoch or the next evaluation."""

@@ -430,7 +430,7 @@ def test_fine_tuning_is_never_worse_than_the_model_it_began_with(tmp_path):
 
 
 def test_pretraining_learns_the_base_classes_before_the_first_episode(tmp_path):
-    values = {"pretrain_epochs": 8, "pretrain_batch": 32, "pretrain_learning_rate": 3e-3, "epochs": 1}
+    values = {"pretrain_epochs": 8, "pretrain_batch": 32, "pretrain_learning_rate": 3e-3, "epochs": 1, "ema_decay": 0.9}
     config = TrainConfig(**{**FULL.__dict__, **values, "episodes_per_epoch": 2, "learning_rate": 1e-5})
     found = reports(config, bars(photos=20), tmp_path / "run")
     stages = of_kind(found, Pretrained)
