@@ -153,6 +153,7 @@ class Report:
             "stranger_auroc": self.stranger_auroc,
             "stranger_auroc_ci95": self.stranger_auroc_ci95,
             **asdict(self.quality),
+            "ratio": self.quality.ratio if np.isfinite(self.quality.ratio) else None,  # JSON has no infinity
             "per_class": {
                 name: round(float(value), 4)
                 for name, value in zip(classes, self.per_class, strict=True)

@@ -188,6 +188,8 @@ def test_copies_of_photos_do_not_break_a_report():
     embeddings[labels == 0] = embeddings[0]
     embeddings[labels == 1] = 0
     assert np.isfinite(report(embeddings, labels, Protocol(5, 2, 4, episodes=5), n_classes=8).score.accuracy)
+    everywhere_the_same = report(np.ones_like(embeddings), labels, Protocol(5, 2, 4, episodes=5), n_classes=8)
+    json.dumps(everywhere_the_same.to_dict(list("abcdefgh")), allow_nan=False)
 
 
 def test_a_report_for_json_names_the_classes():
