@@ -20,11 +20,13 @@ from zipfile import ZipFile
 
 import numpy as np
 import torch
+from torch.nn.functional import normalize
 
 from fewshot_engine.backbones import get_backbone
 from fewshot_engine.config import Augmentation, EpisodeConfig, TrainConfig, Variation
 from fewshot_engine.datasets import ClassSplit, EpisodePlan, TrainData, build_pixel_cache, from_folder, read_pixel_cache
-from fewshot_engine.evaluation import Score, episode_accuracies
+from fewshot_engine.episodes import EpisodeSampler
+from fewshot_engine.evaluation import Score
 from fewshot_engine.losses import prototypical_loss
 from fewshot_engine.networks import Network
 from fewshot_engine.optimisers import Optimiser
@@ -33,6 +35,7 @@ from fewshot_engine.training import Evaluated, Finished, Saved, Started, Step, m
 
 EPISODE = EpisodeConfig(way=5, shot=5, query=15)
 GB = 10**9
+EPISODES_AT_ONCE = 100
 MEMORY_ROWS = (  # way, shot, episodes a step, GB
     (5, 5, 4, 4),
     (10, 10, 2, 6),
@@ -149,7 +152,7 @@ def time_synthetic(options: argparse.Namespace, per_step: int) -> float:
     def step() -> None:
         with torch.autocast(options.device, dtype=torch.bfloat16, enabled=options.device == "cuda"):
             features = running(x)
-        z = torch.nn.functional.normalize(features.float(), dim=1).view(per_step, photos, -1)
+        z = normalize(features.float(), dim=1).view(per_step, photos, -1)
         loss, _ = prototypical_loss(torch.bmm(z, z.mT), way=EPISODE.way, shot=EPISODE.shot, scale=log_scale.exp())
         optimiser.step(torch.autograd.grad(loss, parameters), 1.0)
 
@@ -399,9 +402,21 @@ def trained_network(
 
 
 def score_on(network: Network, data: TrainData, way: int, *, episodes: int) -> Score:
+    """By the nearest prototype, as Snell et al. 2017 and the loss have it: one example, its cosine.
+
+    Ridge prototypes, which suit frozen features, cost a network that was trained this way 1 point of 5 ways and 3 of 20
+    (on alphabets of small1 that were left out).
+    """
+    z = normalize(network.embed_trained(torch.arange(len(data.labels))), dim=1).cpu()
     plan = EpisodePlan(way, 1, 15)
-    z = network.embed_trained(torch.arange(len(data.labels)))
-    return Score.of(episode_accuracies(z, data.labels, plan, episodes=episodes, seed=0, groups=data.groups), plan)
+    sampler = EpisodeSampler(data.labels, episode=plan, generator=torch.Generator().manual_seed(0), groups=data.groups)
+    truth = torch.arange(way).repeat_interleave(plan.query)
+    accuracies = []
+    for _ in range(0, episodes, EPISODES_AT_ONCE):
+        drawn = sampler.sample(EPISODES_AT_ONCE)
+        cosines = torch.bmm(z[drawn.query].flatten(1, 2), z[drawn.support[:, :, 0]].mT)  # (b, way * query, way)
+        accuracies.append((cosines.argmax(dim=2) == truth).double().mean(dim=1))
+    return Score.of(torch.cat(accuracies).numpy(), plan)
 
 
 def say(**values: object) -> None:
