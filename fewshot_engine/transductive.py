@@ -151,7 +151,9 @@ def ridge(queries: FloatArray, support: FloatArray, labels: IntArray, n_way: int
     return answer_together(l2_normalise(queries), l2_normalise(support), labels, n_way)
 
 
-# Each with the settings that were best over six photo sets, Dirichlet(2) shares of 50 query images, 1 and 5 examples.
+# Measured on six photo sets, centred, with Dirichlet(2) shares of 50 query images, against each answered by itself:
+# ridge +5.9 to +11.2 points at 1 example, +1.1 to +1.5 at 5; soft k-means as much at 1, but -1.8 to +1.8 at 5, with
+# shares -2.4 to +2.0; BD-CSPN +2.3 to +4.1, -2.8 to -0.1; alpha-TIM +3.3 to +5.6, -0.7 to +1.1. Ridge alone never lost.
 METHODS: dict[Method, Callable[[FloatArray, FloatArray, IntArray, int], FloatArray]] = {
     "ridge": ridge,
     "soft-k-means": soft_kmeans,
