@@ -44,8 +44,7 @@ class Network:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.net: nn.Module = entry.build(config.image_size).to(device)
-        if device.type == "cuda":
-            self.net = self.net.to(memory_format=torch.channels_last)
+        self.net = self.net.to(memory_format=torch.channels_last)  # a step of Conv-4 takes 0.6 of the time on the CPU
         self.mean = torch.tensor(entry.mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(entry.std, device=device).view(3, 1, 1)
         self.dtype = torch.bfloat16 if config.mixed_precision and device.type == "cuda" else torch.float32
@@ -168,8 +167,7 @@ class Network:
         turns = _sent(photos // self.photos, self.device) if self.config.rotations_as_classes else None
         inputs = self.inputs if draws is not None else network_inputs  # evaluation is not worth compiling for
         x = inputs(raw, turns, draws, self.config.augmentation, self.mean, self.std)
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        return x.to(self.dtype).contiguous(memory_format=layout)
+        return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
     def _raw(self, photos: Tensor) -> Tensor:
         """(m,) -> (m, s, s, 3) on the device, as stored."""

@@ -62,7 +62,7 @@ def measure_full(*, archive: Path | None, threads: int) -> Iterator[dict[str, ob
         )
         ours = _run(config, data, threads)
         yield {"what": "full conv4", "image_size": SIDE, "first_decoding_s": decoding, **ours}
-        for workers in (0, threads):
+        for workers in range(threads + 1):
             rate = _easyfsl(images, workers=workers, threads=threads)
             ratio = round(cast(float, ours["episodes_per_s"]) / rate, 2)
             yield {"what": "easyfsl conv4", "workers": workers, "episodes_per_s": rate, "engine_times_faster": ratio}
