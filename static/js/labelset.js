@@ -26,7 +26,8 @@ const refreshLabels = throttled(async () => {
   wireCards();
   const goal = toFocus && document.getElementById(toFocus);
   if (goal) {
-    goal.focus(); // a fragment asked for before the gesture has no such card yet: the next one has
+    // A fragment asked for before the gesture has no such card yet: the next one has.
+    if (!document.getElementById("new-label-name").value) goal.focus(); // unless the next label is being written
     toFocus = "";
   }
 });
@@ -66,8 +67,11 @@ async function onSubmit(event) {
   const url = event.submitter?.hasAttribute("formaction") ? event.submitter.formAction : form.action;
   const card = event.submitter?.closest(".thumb")?.closest(".label");
   if (card) toFocus = `add-${card.dataset.label}`;
-  const said = await perform(url, new FormData(form));
-  if (said && form.dataset.gesture === "new-label") form.reset();
+  const body = new FormData(form);
+  const isNew = form.dataset.gesture === "new-label";
+  if (isNew) form.reset(); // at once: whoever writes the next one does not wait for the answer
+  const said = await perform(url, body);
+  if (!said && isNew) form.elements.name.value ||= body.get("name");
   if (!said && form.dataset.gesture === "rename") form.reset();
 }
 
