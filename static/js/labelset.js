@@ -14,6 +14,7 @@ const picked = new Set(); // ids of photos chosen in the picker, kept over its p
 const wired = new WeakSet();
 let aim = null; // {card, replaces}: which label the photos of the open dialog are for
 let toFocus = "";
+let pickerAsked = 0;
 
 const refreshLabels = throttled(async () => {
   const url = new URL(labelSet.labelsUrl, location.href);
@@ -147,9 +148,11 @@ function ask(card, replaces = null) {
 }
 
 async function loadPicker(query = "") {
+  const asked = ++pickerAsked;
   try {
     const url = aim.card.dataset.pickUrl + (query ? `?${query}` : "");
     const fragment = parse(await request(url, { headers: { Accept: "text/html" } }));
+    if (asked !== pickerAsked) return;
     document.getElementById("picker-title").textContent = document.getElementById("add-examples-title").textContent;
     document.getElementById("picker-content").replaceChildren(...fragment.children);
     for (const box of document.querySelectorAll('#picker [name="photos"]')) box.checked = picked.has(box.value);

@@ -216,10 +216,11 @@ async function select(photo, { focus = true } = {}) {
   if (focus) tile?.focus({ preventScroll: true });
   tile?.scrollIntoView({ block: "nearest" });
   history.replaceState(history.state, "", `${state.pageUrl}?${new URLSearchParams({ ...Object.fromEntries(new URLSearchParams(state.query)), photo })}`);
-  await showEvidence(photo);
+  await showEvidence(photo, { opens: true });
 }
 
-async function showEvidence(photo) {
+/** Bring the evidence up to date; only a person's own choice `opens` the sheet that it has on a narrow screen. */
+async function showEvidence(photo, { opens = false } = {}) {
   const asked = ++evidenceAsked;
   try {
     const html = await request(`${state.resultsUrl.replace(/results\/$/, "photos/")}${photo}/`, { headers: { Accept: "text/html" } });
@@ -228,7 +229,7 @@ async function showEvidence(photo) {
     morph(html);
     rememberBecomesExample();
     markSelected();
-    if (narrow.matches && !sheet.open) sheet.showModal();
+    if (opens && narrow.matches && !sheet.open) sheet.showModal();
   } catch (error) {
     toastError(error);
   }

@@ -43,6 +43,7 @@ def test_examples_are_dropped_picked_replaced_and_removed(page: Page, account: N
     lemon.locator("[data-add]").click()
     page.locator("#pick-example").click()
     page.locator("#pick-collection").select_option(label="orchard")
+    expect(page.locator("#pick-collection option[selected]").first).to_have_text("orchard")
     page.locator("#pick-category").select_option(label="Lemon")
     expect(page.locator("#picker [name=photos]")).to_have_count(6)
     snap(page, "20-picker")
