@@ -22,7 +22,16 @@ from fewshot_engine.datasets import PHOTO_SUFFIXES, LabelledImages, from_folder
 from fewshot_engine.encoder import Embedded, Encoder, embed_files, load_with_recipe
 from fewshot_engine.errors import CheckpointError, ConfigError, DataError, EngineError, WeightsMissing
 from fewshot_engine.framing import VIEWS
-from fewshot_engine.inference import Predictions, PrototypeModel, classify, classify_batch, fit, mean_embedding, verdict
+from fewshot_engine.inference import (
+    Predictions,
+    PrototypeModel,
+    classify,
+    classify_batch,
+    fit,
+    mean_embedding,
+    neighbours_in,
+    verdict,
+)
 from fewshot_engine.recipes import Recipe
 from fewshot_engine.selection import candidates, choose_batch_method, choose_rule
 from fewshot_engine.transductive import METHODS, Method
@@ -55,10 +64,11 @@ prints a line for each photo, in any order of folders:
   stranger    the probability that it is none of the labels
   verdict     known, unsure, none (of the labels) or refused (no photo; "reason" says why)
 
-Modes: inductive looks at each photo alone; pool also takes the mean of all the photos of --query as the centre, which
-is worth about 2 points with few examples where they are all of one kind; batch lets the photos of --query help each
-other, which is worth about 5 points with one example a label and little with five. How labels answer, and whether a
-batch is answered together, is chosen by trying it on the examples; standard error says what was found.
+Modes: inductive looks at each photo alone; pool also looks at all the photos of --query, at their mean and at what lies
+near each example, which is worth about 4 points with one example a label and nothing with five; batch lets the photos
+of --query help each other, which is worth about 5 points with one example a label and little with five. How labels
+answer, and whether a batch is answered together, is chosen by trying it on the examples; standard error says what was
+found.
 """
 WEIGHTS_HELP = """\
 Pretrained weights that no package carries are fetched once, checked, and kept for every later use without a network.
@@ -236,11 +246,16 @@ def _classify(options: argparse.Namespace) -> None:
     if recipe is not None:
         familiarity = _familiarity(recipe, examples)
         examples, embeddings = (recipe.apply(rows, familiarity=familiarity) for rows in (examples, embeddings))
-    centre = mean_embedding(embeddings) if options.mode == "pool" and len(embeddings) else None
-    ways = candidates({"whole": examples}, labels, centres={} if centre is None else {"whole": centre})
+    centre = neighbours = None
+    if options.mode == "pool" and len(embeddings):
+        centre = mean_embedding(embeddings)
+        neighbours = neighbours_in(embeddings, examples, centre)
+    ways = candidates(
+        {"whole": examples}, labels, centres={} if centre is None else {"whole": centre}, usual=encoder.rule
+    )
     choice = choose_rule(ways, labels, len(classes))
     _say(choice.reason)
-    model = fit(examples, labels, len(classes), centre=centre, rule=choice.candidate.rule)
+    model = fit(examples, labels, len(classes), centre=centre, neighbours=neighbours, rule=choice.candidate.rule)
     together = _batch_method(examples, labels, len(classes)) if options.mode == "batch" and len(embeddings) else None
     if together is not None:
         answers, changed = classify_batch(model, embeddings, top_k=options.top_k, method=together)

@@ -19,6 +19,7 @@ from fewshot_engine.datasets import EpisodePlan, LabelledImages, check_episode, 
 from fewshot_engine.encoder import embed_files, load_with_recipe
 from fewshot_engine.errors import ConfigError, DataError
 from fewshot_engine.framing import VIEWS
+from fewshot_engine.prototypes import Rule
 from fewshot_engine.weights import default_cache_dir
 
 if TYPE_CHECKING:
@@ -43,9 +44,10 @@ prints one object:
   intra_class, inter_class, ratio   cosine distances within and between classes; the smaller the ratio, the better
   per_class, confusions  accuracy of each class, and what the ten worst mistakes are
 
-Modes: inductive looks at the examples alone; pool also at the mean of DIR's photos, without their labels; batch also at
-the other photos that are to be recognised. Real batches are not balanced: with --imbalance 2 the classes have Dirichlet
-shares of N x Q photos, as in Veilleux et al. 2021, and figures are lower and more honest.
+Modes: inductive looks at the examples alone; pool also at DIR's photos, without their labels (their mean, and what lies
+near each example); batch also at the other photos that are to be recognised. Real batches are not balanced: with
+--imbalance 2 the classes have Dirichlet shares of N x Q photos, as in Veilleux et al. 2021, and figures are lower and
+more honest.
 """
 ENCODERS_EXPLAINED = """\
 Encoders: accurate (several backbones side by side, the default), fast (one of them), the name of a backbone, or a
@@ -113,12 +115,13 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 class Embedded:
     """The photos of a folder that could be read, with their embeddings; and why the others could not.
 
-    `frozen` are the embeddings before the map of an *adapt* model, where there is one.
+    `rule` is by which labels answer on them; `frozen` are the embeddings before the map of an *adapt* model, if any.
     """
 
     images: LabelledImages
     embeddings: NDArray[np.float32]
     refused: tuple[dict[str, str], ...]
+    rule: Rule
     frozen: NDArray[np.float32] | None = None
 
 
@@ -127,13 +130,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.grid and (options.mode != "inductive" or options.imbalance is not None):
         raise ConfigError("--grid is inductive and balanced: take --mode and --imbalance away, or the grid")
     found = from_folder(options.folder, options.level)
-    _protocol(check_episode(found.counts(), episode), options)  # mistakes come before the minutes that embedding takes
+    _protocol(
+        check_episode(found.counts(), episode), Rule(), options
+    )  # mistakes come before the minutes that embedding takes
     embedded = embed_images(found, options.encoder, options, views=options.views)
     images, embeddings = embedded.images, embedded.embeddings
     plan = check_episode(images.counts(), episode)
     for note in plan.notes:
         say(note)
-    protocol = _protocol(plan, options)
+    protocol = _protocol(plan, embedded.rule, options)
     result = {
         **_report(embeddings, images, protocol).to_dict(images.classes),
         "encoder": options.encoder,
@@ -145,13 +150,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     if embedded.frozen is not None:
         result["frozen"] = _report(embedded.frozen, images, protocol).score.accuracy
     if options.grid:
-        result["grid"] = _grid_of(embeddings, images, options)
+        result["grid"] = _grid_of(embeddings, images, embedded.rule, options)
     if options.advise:
-        result["advice"] = _advice(embeddings, images)
+        result["advice"] = _advice(embeddings, images, embedded.rule)
     print_json(result)
 
 
-def _protocol(plan: EpisodePlan, options: argparse.Namespace) -> Protocol:
+def _protocol(plan: EpisodePlan, rule: Rule, options: argparse.Namespace) -> Protocol:
     from fewshot_engine.evaluation import Protocol  # torch: not for `--help`
 
     return Protocol(
@@ -163,6 +168,7 @@ def _protocol(plan: EpisodePlan, options: argparse.Namespace) -> Protocol:
         mode=options.mode,
         imbalance=options.imbalance,
         method=options.method,
+        rule=rule,
     )
 
 
@@ -180,7 +186,7 @@ def _grid(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _grid_of(
-    embeddings: NDArray[np.float32], images: LabelledImages, options: argparse.Namespace
+    embeddings: NDArray[np.float32], images: LabelledImages, rule: Rule, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Every cell with the Q that its K leaves."""
     from fewshot_engine.evaluation import evaluate
@@ -198,13 +204,14 @@ def _grid_of(
                 episodes=options.episodes,
                 seed=options.seed,
                 groups=images.groups,
+                rule=rule,
             )
             cells.append({**asdict(score), "chance": plan.chance})
             say(f"{way}-way {shot}-shot: {score.accuracy:.1%} ± {score.ci95:.1%}")
     return cells
 
 
-def _advice(embeddings: NDArray[np.float32], images: LabelledImages) -> dict[str, Any]:
+def _advice(embeddings: NDArray[np.float32], images: LabelledImages, usual: Rule) -> dict[str, Any]:
     """DIR taken as one label set, every photo an example."""
     from fewshot_engine.linear_head import advise
     from fewshot_engine.selection import candidates, choose_batch_method, choose_rule
@@ -213,7 +220,7 @@ def _advice(embeddings: NDArray[np.float32], images: LabelledImages) -> dict[str
     present, labels = np.unique(images.labels, return_inverse=True)
     counts = dict(zip(images.classes, np.bincount(images.labels, minlength=len(images.classes)).tolist(), strict=True))
     head = advise({images.classes[label]: counts[images.classes[label]] for label in present})
-    rule = choose_rule(candidates({"whole": embeddings}, labels), labels, len(present))
+    rule = choose_rule(candidates({"whole": embeddings}, labels, usual=usual), labels, len(present))
     batch = choose_batch_method(embeddings, labels, len(present), methods=tuple(METHODS))
     return {
         "classifier": head.classifier,
@@ -244,9 +251,9 @@ def embed_images(
         raise DataError(f"none of {len(images.paths)} files can be read as a photo; the first: {refused[0]['reason']}")
     embeddings, readable = np.stack(rows), keep_rows(images, np.array(kept))
     if recipe is None:
-        return Embedded(readable, embeddings, tuple(refused))
+        return Embedded(readable, embeddings, tuple(refused), encoder.rule)
     adapted = recipe.apply(embeddings, familiarity=recipe.familiarity(embeddings))
-    return Embedded(readable, adapted, tuple(refused), frozen=embeddings)
+    return Embedded(readable, adapted, tuple(refused), encoder.rule, frozen=embeddings)
 
 
 def keep_rows(images: LabelledImages, rows: NDArray[np.int64]) -> LabelledImages:

@@ -35,7 +35,7 @@ from fewshot_engine.errors import CheckpointError, ConfigError, EngineError, Ima
 from fewshot_engine.framing import WHOLE, Square, UInt8Array, View, read_view, read_views
 from fewshot_engine.framing import preprocess as preprocess
 from fewshot_engine.images import decode
-from fewshot_engine.prototypes import l2_normalise
+from fewshot_engine.prototypes import Rule, l2_normalise
 from fewshot_engine.recipes import Recipe, load_recipe
 from fewshot_engine.weights import sha256_of
 
@@ -89,12 +89,21 @@ class Encoder:
         input_shape: of a row: (size, size, 3) for a single square, (bytes,) for several.
         needs_side: the shorter side that a photo should be decoded at, in pixels.
         image_size: side of the largest square, in pixels.
+        rule: by which label sets on its embeddings answer, unless something is known to do better.
     """
 
     def __init__(
-        self, name: str, *, dim: int, squares: Sequence[Square], forward: Forward, batch_size: int = CPU_BATCH
+        self,
+        name: str,
+        *,
+        dim: int,
+        squares: Sequence[Square],
+        forward: Forward,
+        batch_size: int = CPU_BATCH,
+        rule: Rule | None = None,
     ) -> None:
         self.name = name
+        self.rule = rule or Rule()
         self.dim = dim
         self.squares = tuple(squares)
         self.batch_size = batch_size
@@ -203,6 +212,7 @@ def load_with_recipe(
         squares=[square for member in plan.members for square in member.squares(shown)],
         forward=_fused_forward(plan.members, forwards, shown),
         batch_size=CPU_BATCH if device == "cpu" else GPU_BATCH,
+        rule=Rule.usual(is_full=any(member.checkpoint is not None for member in plan.members)),
     )
     return encoder, None if plan.adapted is None else load_recipe(plan.adapted)
 

@@ -8,7 +8,7 @@ included. On balanced, inductive episodes the two give the same answers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -20,8 +20,16 @@ from torch.nn.functional import normalize
 from fewshot_engine.datasets import EpisodePlan, count_photos
 from fewshot_engine.episodes import Episodes, EpisodeSampler
 from fewshot_engine.errors import ConfigError, DataError
-from fewshot_engine.inference import Predictions, PrototypeModel, classify, classify_batch, fit
-from fewshot_engine.prototypes import cosine_prototypes, cosine_similarity, l2_normalise
+from fewshot_engine.inference import (
+    Predictions,
+    PrototypeModel,
+    classify,
+    classify_batch,
+    fit,
+    mean_embedding,
+    neighbours_in,
+)
+from fewshot_engine.prototypes import Rule, cosine_prototypes, cosine_similarity, l2_normalise
 from fewshot_engine.ridge import episode_cosines
 from fewshot_engine.transductive import METHODS, Method
 
@@ -78,11 +86,12 @@ class Protocol:
 
     Attributes:
         way, shot, query: of an episode; with `imbalance` the way x query query images are shared out unequally.
-        mode: what each answer may look at. *inductive*: the examples. *pool*: also the mean of all photos, without
-            their labels. *batch*: also the other query images of the episode.
+        mode: what each answer may look at. *inductive*: the examples. *pool*: also all photos, without their labels:
+            their mean, and what is near each example. *batch*: also the other query images of the episode.
         imbalance: alpha of the Dirichlet distribution of the classes' shares (Veilleux et al. 2021 use 2); None for
             equal shares.
         method: of *batch*, see `transductive.METHODS`.
+        rule: by which labels answer.
     """
 
     way: int
@@ -93,6 +102,7 @@ class Protocol:
     mode: Mode = "inductive"
     imbalance: float | None = None
     method: Method = "ridge"
+    rule: Rule = field(default_factory=Rule)
 
     def __post_init__(self) -> None:
         if self.episodes < 2:
@@ -175,6 +185,7 @@ def evaluate(
     episodes: int = 600,
     seed: int = 0,
     groups: NDArray[np.int64] | None = None,
+    rule: Rule | None = None,
 ) -> Score:
     """N-way K-shot accuracy, inductive, with as many query images of each class.
 
@@ -182,12 +193,15 @@ def evaluate(
         embeddings: (n, dim), any length.
         labels: (n,) class indices; classes with fewer than shot + query photos are not drawn.
         groups: (n,); photos of one group are never on both sides of an episode.
+        rule: as for `episode_accuracies`.
 
     Raises:
         DataError: too few classes have shot + query photos.
     """
     plan = EpisodePlan(way, shot, query)
-    return Score.of(episode_accuracies(embeddings, labels, plan, episodes=episodes, seed=seed, groups=groups), plan)
+    return Score.of(
+        episode_accuracies(embeddings, labels, plan, episodes=episodes, seed=seed, groups=groups, rule=rule), plan
+    )
 
 
 def grid(
@@ -217,8 +231,20 @@ def episode_accuracies(
     episodes: int,
     seed: int,
     groups: NDArray[np.int64] | None = None,
+    rule: Rule | None = None,
 ) -> NDArray[np.float64]:
-    """(episodes,), each in [0, 1]. The same seed, labels and groups give the same episodes, so two encoders pair up."""
+    """(episodes,), each in [0, 1]. The same seed, labels and groups give the same episodes, so two encoders pair up.
+
+    Args:
+        rule: ridge prototypes, or the cosine to class means.
+
+    Raises:
+        ConfigError: another rule.
+        DataError: too few classes have shot + query photos.
+    """
+    rule = rule or Rule()
+    if rule not in (Rule(), Rule("cosine", centred=False)):
+        raise ConfigError(f"rule is {rule}: many episodes at a time go by ridge prototypes or by class means")
     z = normalize(torch.as_tensor(embeddings).float(), dim=1).cpu().numpy()
     drawn = _sampler(labels, plan, seed, groups).sample(episodes)
     truth = np.repeat(np.arange(plan.way), plan.query)
@@ -226,7 +252,11 @@ def episode_accuracies(
     results = []
     for start in range(0, episodes, size):
         support, query = (part[start : start + size].numpy() for part in (drawn.support, drawn.query))
-        cosines = episode_cosines(z[support], z[query.reshape(len(query), -1)])
+        examples, photos = z[support], z[query.reshape(len(query), -1)]
+        if rule.metric == "ridge":
+            cosines = episode_cosines(examples, photos)
+        else:
+            cosines = photos @ l2_normalise(examples.mean(axis=2)).swapaxes(1, 2)
         results.append((cosines.argmax(axis=2) == truth).mean(axis=1))
     return np.concatenate(results)
 
@@ -252,13 +282,13 @@ def report(
     photos = _Photos.of(embeddings, pooled=protocol.mode != "inductive")
     tally = _Tally(n_classes)
     for episode in _episodes(labels, protocol, groups):
-        support, queries, centre = photos.of_episode(episode.support, episode.query)
+        support, queries, pool = photos.of_episode(episode.support, episode.query)
         means = cosine_prototypes(support, episode.support_labels, protocol.way)
         tally.means.append(float((cosine_similarity(queries, means).argmax(axis=1) == episode.truth).mean()))
         if protocol.mode != "inductive":
-            alone = classify(fit(support, episode.support_labels, protocol.way), queries, top_k=1)
+            alone = classify(fit(support, episode.support_labels, protocol.way, rule=protocol.rule), queries, top_k=1)
             tally.inductive.append(float((alone.labels[:, 0] == episode.truth).mean()))
-        model = fit(support, episode.support_labels, protocol.way, centre=centre)
+        model = fit(support, episode.support_labels, protocol.way, rule=protocol.rule, **pool)
         answers, changed = _answers(model, queries, protocol)
         tally.changed.append(float(changed.mean()))
         tally.add(episode, answers.labels[:, 0], answers.confidences[:, 0])
@@ -364,31 +394,37 @@ class _Photos:
     Products of embeddings are all that answers depend on, so 75 photos of 3,840 numbers become 75 of 76.
 
     Attributes:
-        unit: (n + 1, dim) float32, rows of length 1; the last is their mean.
-        gram: (n + 1, n + 1) their products, where that fits into memory.
-        pooled: their mean is the centre.
+        n: how many photos there are.
+        rows: (n, dim) float32, rows of length 1; where photos are pooled, n rows of their neighbours' means and the
+            mean of all follow, see `inference.neighbours_in`.
+        gram: the products of the rows, where they fit into memory.
     """
 
-    unit: NDArray[np.float32]
+    n: int
+    rows: NDArray[np.float32]
     gram: NDArray[np.float32] | None
-    pooled: bool
 
     @classmethod
     def of(cls, embeddings: NDArray[np.float32], *, pooled: bool) -> _Photos:
-        unit = l2_normalise(embeddings).astype(np.float32)
-        unit = np.concatenate([unit, unit.mean(axis=0, keepdims=True)])
-        return cls(unit, unit @ unit.T if len(unit) <= MOST_IN_GRAM else None, pooled)
+        rows = l2_normalise(embeddings).astype(np.float32)
+        n = len(rows)
+        if pooled:
+            centre = mean_embedding(rows)
+            rows = np.concatenate([rows, neighbours_in(rows, rows, centre), centre[None]]).astype(np.float32)
+        return cls(n, rows, rows @ rows.T if len(rows) <= MOST_IN_GRAM else None)
 
     def of_episode(
         self, support: NDArray[np.int64], query: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
-        """Support, query images, and the centre or None."""
-        rows = np.concatenate([support, query, [len(self.unit) - 1]])
-        gram = self.unit[rows] @ self.unit[rows].T if self.gram is None else self.gram[np.ix_(rows, rows)]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+        """Support, query images, and what `inference.fit` is told of the pool, if there is one."""
+        pooled = len(self.rows) > self.n
+        rows = np.concatenate([support, query, *([support + self.n, [2 * self.n]] if pooled else [])])
+        gram = self.rows[rows] @ self.rows[rows].T if self.gram is None else self.gram[np.ix_(rows, rows)]
         # Copies of a photo would make it singular: each gets a thousandth of its length in a direction of its own.
         coordinates = np.linalg.cholesky(gram.astype(np.float64) + 1e-6 * np.eye(len(rows)))
-        m = len(support)
-        return coordinates[:m], coordinates[m:-1], coordinates[-1] if self.pooled else None
+        m, end = len(support), len(support) + len(query)
+        pool = {"neighbours": coordinates[end:-1], "centre": coordinates[-1]} if pooled else {}
+        return coordinates[:m], coordinates[m:end], pool
 
 
 def _answers(
@@ -414,8 +450,9 @@ def _stranger_aurocs(
     is_stranger = (torch.arange(plan.way * plan.query) >= protocol.way * plan.query).long()
     aurocs = []
     for _, support, query in zip(*_arrays(drawn), strict=True):
-        examples, queries, centre = photos.of_episode(support[: protocol.way].ravel(), query.ravel())
-        answers, _ = _answers(fit(examples, support_labels, protocol.way, centre=centre), queries, protocol)
+        examples, queries, pool = photos.of_episode(support[: protocol.way].ravel(), query.ravel())
+        model = fit(examples, support_labels, protocol.way, rule=protocol.rule, **pool)
+        answers, _ = _answers(model, queries, protocol)
         aurocs.append(float(binary_auroc(torch.from_numpy(answers.stranger), is_stranger, validate_args=False)))
     return np.array(aurocs)
 

@@ -15,6 +15,7 @@ from fewshot_engine.config import EpisodeConfig, TrainConfig
 from fewshot_engine.datasets import EpisodePlan, TrainData, check_episode, count_photos, one_class_per_group
 from fewshot_engine.errors import DataError
 from fewshot_engine.evaluation import Score, episode_accuracies
+from fewshot_engine.prototypes import Rule
 
 EVALUATION_PHOTOS = 100  # a class at most: more photos of a class cost time and hardly narrow the interval
 EVALUATION_SEED = 1_000_003  # keeps the episodes of evaluation apart from those of training
@@ -49,13 +50,20 @@ class Exam:
         self.notes = tuple(f"{name.capitalize()}: {note}" for note in self.plan.notes)
         self.optimistic = repeats_base
         self.seed, self.episodes = config.seed + EVALUATION_SEED + seed, config.eval_episodes
+        self.rule = Rule.usual(is_full=config.kind == "full")
         self.photos = torch.from_numpy(np.flatnonzero(labels >= 0))
         self.labels, self.groups = _only(labels, data.groups)
 
     def accuracies(self, embed: Callable[[Tensor], Tensor]) -> NDArray[np.float64]:
         """(episodes,)."""
         return episode_accuracies(
-            embed(self.photos), self.labels, self.plan, episodes=self.episodes, seed=self.seed, groups=self.groups
+            embed(self.photos),
+            self.labels,
+            self.plan,
+            episodes=self.episodes,
+            seed=self.seed,
+            groups=self.groups,
+            rule=self.rule,
         )
 
     def score(self, accuracies: NDArray[np.float64]) -> Score:

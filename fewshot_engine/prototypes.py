@@ -39,6 +39,16 @@ class Rule:
         if self.metric == "ridge" and self.prototypes > 1:
             raise ConfigError(f"prototypes is {self.prototypes}: ridge regression makes one a class")
 
+    @classmethod
+    def usual(cls, *, is_full: bool) -> Rule:
+        """What answers until something else is known to do better.
+
+        A network that learned from pixels (*full*) was trained to be answered by the cosine to class means, and is:
+        ridge prototypes cost it 2 points (Conv-4 on omniglot, 20 ways of 1 shot, 90.6 against 92.7). Everything else
+        has ridge prototypes.
+        """
+        return cls("cosine", centred=False) if is_full else cls()
+
 
 def compute_prototypes(embeddings: FloatArray, labels: IntArray, n_way: int) -> FloatArray:
     """Mean embedding of each class (Snell et al. 2017, eq. 1).

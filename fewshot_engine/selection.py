@@ -73,7 +73,11 @@ class BatchChoice:
 
 
 def candidates(
-    support: Mapping[str, FloatArray], labels: IntArray, *, centres: Mapping[str, FloatArray] | None = None
+    support: Mapping[str, FloatArray],
+    labels: IntArray,
+    *,
+    centres: Mapping[str, FloatArray] | None = None,
+    usual: Rule = PRIOR_RULE,
 ) -> tuple[Candidate, ...]:
     """The ways to answer that are worth trying, the usual one first.
 
@@ -81,6 +85,7 @@ def candidates(
         support: views -> (n, dim) raw embeddings of the same examples; the first is the usual one.
         labels: (n,); with six examples of a label, several prototypes are among the candidates.
         centres: views -> (dim,), where there is a centre.
+        usual: the rule to prefer, one of those without several prototypes.
 
     Raises:
         ConfigError: no views.
@@ -97,7 +102,7 @@ def candidates(
         rules |= {f"{count} prototypes a label": Rule("cosine", prototypes=count) for count in (2, 3)}
     return tuple(
         Candidate(f"{name}, {view}", photos, rule, (centres or {}).get(view))
-        for name, rule in rules.items()
+        for name, rule in sorted(rules.items(), key=lambda named: named[1] != usual)  # the others stay in order
         for view, photos in support.items()
     )
 

@@ -44,7 +44,8 @@ def learn_labels(lease: Lease) -> None:
         if support:
             targets = np.array([index[label_id] for _photo, _blob, label_id in support], dtype=np.int64)
             familiarity = runtime.familiarity(model, raw)
-            fitted = inference.fit(runtime.as_seen_by(model, raw, familiarity), targets, len(labels))
+            seen = runtime.as_seen_by(model, raw, familiarity)
+            fitted = inference.fit(seen, targets, len(labels), rule=runtime.rule(model))
             data, health = fitted.to_bytes(), _health(fitted, labels, [photo for photo, _b, _l in support])
             health["familiarity"] = familiarity
         prototypes = PrototypeSet(

@@ -15,6 +15,7 @@ from django.core.files.storage import default_storage
 from numpy.typing import NDArray
 
 from fewshot_engine.encoder import Encoder, load_encoder
+from fewshot_engine.prototypes import Rule
 from fewshot_engine.recipes import Recipe, load_recipe
 from webapp.training.models import DEFAULT_ENCODER, Model
 from worker.vectors import members
@@ -68,6 +69,11 @@ def as_seen_by(model: Model, vectors: Vectors, familiarity: float | None) -> Vec
         familiarity: of the photos of the label set's examples, for examples and query images alike.
     """
     return vectors if familiarity is None else _recipe(model.folder).apply(vectors, familiarity=familiarity)
+
+
+def rule(model: Model) -> Rule:
+    """By which label sets on this model answer."""
+    return Rule.usual(is_full=model.kind == Model.Kind.FULL)
 
 
 def warm_up() -> None:

@@ -18,7 +18,8 @@ from fewshot_engine.evaluation import (
     report,
     shared_out,
 )
-from fewshot_engine.inference import classify, classify_batch, fit, mean_embedding
+from fewshot_engine.inference import classify, classify_batch, fit, mean_embedding, neighbours_in
+from fewshot_engine.prototypes import Rule
 
 
 def clouds(n_classes=8, photos=12, dim=16, spread=1.0, seed=0):
@@ -87,10 +88,13 @@ def test_a_report_is_the_products_answers_counted(mode):
     protocol = Protocol(3, 2, 4, episodes=20, seed=5, mode=mode)
     found = report(embeddings, labels, protocol, n_classes=8)
     drawn = EpisodeSampler(labels, episode=protocol, generator=torch.Generator().manual_seed(5)).sample(20)
-    truth, centre = np.repeat(np.arange(3), 4), None if mode == "inductive" else mean_embedding(embeddings)
+    truth, pooled = np.repeat(np.arange(3), 4), mode != "inductive"
+    centre = mean_embedding(embeddings) if pooled else None
     accuracies, confusion, confidences, hits = [], np.zeros((8, 8)), [], []
     for classes, support, query in zip(drawn.classes.numpy(), drawn.support.numpy(), drawn.query.numpy(), strict=True):
-        model = fit(embeddings[support.ravel()], np.repeat(np.arange(3), 2), 3, centre=centre)
+        examples = embeddings[support.ravel()]
+        near = neighbours_in(embeddings, examples, centre) if pooled else None
+        model = fit(examples, np.repeat(np.arange(3), 2), 3, centre=centre, neighbours=near)
         queries = embeddings[query.ravel()]
         answers = classify_batch(model, queries)[0] if mode == "batch" else classify(model, queries)
         best = answers.labels[:, 0]
@@ -223,3 +227,14 @@ def test_quality_by_hand():
     assert found.ratio == pytest.approx((1 - half) / 2 / (1 + half))
     with pytest.raises(DataError, match="need 2 classes; there are 1"):
         quality(embeddings, np.zeros(4, dtype=np.int64))
+
+
+def test_a_network_that_learned_from_pixels_is_answered_by_class_means():
+    embeddings, labels = clouds(spread=1.5)
+    means, plan = Rule.usual(is_full=True), EpisodePlan(3, 2, 4)
+    fast = episode_accuracies(embeddings, labels, plan, episodes=20, seed=5, rule=means)
+    protocol = Protocol(3, 2, 4, episodes=20, seed=5, rule=means)
+    assert report(embeddings, labels, protocol, n_classes=8).score == Score.of(fast, plan)
+    assert report(embeddings, labels, protocol, n_classes=8).class_means == pytest.approx(fast.mean())
+    with pytest.raises(ConfigError, match="class means"):
+        episode_accuracies(embeddings, labels, plan, episodes=20, seed=5, rule=Rule("euclidean"))

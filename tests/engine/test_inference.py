@@ -255,3 +255,32 @@ def test_a_large_batch_is_dealt_out_to_several(monkeypatch):
         part, _ = classify_batch(model, queries[first::3])
         np.testing.assert_array_equal(answers.labels[first::3], part.labels)
     assert classify_batch(model, queries[:0])[0].labels.shape == (0, 3)
+
+
+def test_neighbours_are_the_nearest_unlabelled_photos_and_no_copies():
+    rng = np.random.default_rng(0)
+    pool = rng.standard_normal((30, 6))
+    photos = np.concatenate([pool[:2], rng.standard_normal((1, 6))])
+    centre = inference.mean_embedding(pool)
+    there, here = (l2_normalise(l2_normalise(rows) - centre) for rows in (pool, photos))
+    found = inference.neighbours_in(pool, photos, centre)
+    for row in range(3):
+        order = [place for place in np.argsort(-(there @ here[row])) if there[place] @ here[row] <= 0.98]
+        np.testing.assert_allclose(found[row], there[order[: inference.NEIGHBOURS]].mean(axis=0), atol=1e-5)
+    assert not inference.neighbours_in(photos[:1], photos[:1], np.zeros(6)).any()
+
+
+def test_neighbours_help_where_one_example_is_not_enough():
+    rng = np.random.default_rng(0)
+    hits = {"alone": [], "with neighbours": []}
+    for _ in range(20):
+        truth = np.repeat(np.arange(4), 20)
+        kinds = rng.standard_normal((4, 30))
+        pool = kinds[truth] + 1.2 * rng.standard_normal((80, 30))
+        support, labels = kinds + 1.2 * rng.standard_normal((4, 30)), np.arange(4)
+        centre = inference.mean_embedding(pool)
+        near = inference.neighbours_in(pool, support, centre)
+        for name, neighbours in (("alone", None), ("with neighbours", near)):
+            model = fit(support, labels, 4, centre=centre, neighbours=neighbours)
+            hits[name].append((classify(model, pool).labels[:, 0] == truth).mean())
+    assert np.mean(hits["with neighbours"]) > np.mean(hits["alone"]) + 0.03
