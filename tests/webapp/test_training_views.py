@@ -412,3 +412,10 @@ def test_a_run_takes_as_many_queries_however_long_it_is(run: TrainingRun, owner:
     for _set in range(3):
         create_label_set(owner, "Set")
     assert queries(owner_client, run.get_absolute_url()) == few <= 10
+
+
+def test_what_will_happen_is_what_the_fields_say(owner: User, owner_client: Client) -> None:
+    page = owner_client.get("/training/new/", {"collection": collection_of(owner, *[20] * 12).pk}, follow=True)
+    form = page.context["form"]
+    epochs, each = form["epochs"].value(), form["episodes_per_epoch"].value()
+    assert f"{epochs * each:,} episodes in {epochs} epochs" in page.content.decode()

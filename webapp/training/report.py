@@ -14,7 +14,7 @@ from fewshot_engine.config import TrainConfig
 from webapp.jobs.models import Event, Job
 from webapp.jobs.story import Line, figure, percent, plus_minus, tell
 from webapp.library.models import Collection
-from webapp.training.forms import BACKBONE_NAMES, TYPICAL_RATE
+from webapp.training.forms import BACKBONE_NAMES, TYPICAL
 from webapp.training.models import Metric, TrainingRun
 from webapp.training.services import TrainingError, notes_for
 
@@ -31,8 +31,8 @@ class Outlook:
 
 
 def outlook(collection: Collection, config: TrainConfig | None) -> Outlook:
-    """For a configuration; None stands for the typical one."""
-    config = config or TrainConfig(learning_rate=TYPICAL_RATE["adapt"])
+    """For a configuration; None stands for what the form begins with."""
+    config = config or TYPICAL
     try:
         notes = notes_for(collection, config)
     except TrainingError as error:
