@@ -18,7 +18,7 @@ from webapp.accounts.models import User
 from webapp.jobs import services as jobs
 from webapp.jobs.models import Job
 from webapp.labelsets.services import create_label_set
-from webapp.library.models import Collection
+from webapp.library.models import Collection, Import
 from webapp.training import services
 from webapp.training.models import Metric, Model, TrainingRun
 
@@ -419,3 +419,13 @@ def test_what_will_happen_is_what_the_fields_say(owner: User, owner_client: Clie
     form = page.context["form"]
     epochs, each = form["epochs"].value(), form["episodes_per_epoch"].value()
     assert f"{epochs * each:,} episodes in {epochs} epochs" in page.content.decode()
+
+
+def test_a_collection_that_is_still_being_filled_says_so(owner: User, collection: Collection) -> None:
+    config = TrainConfig(episode=EpisodeConfig(2, 1, 2))
+    batch = Import.objects.create(
+        collection=collection, job=jobs.create_job(owner, Job.Kind.INGEST, queue=Job.Queue.INGEST, title="x")
+    )
+    assert any("the 16 photos" in note for note in services.notes_for(collection, config))
+    Import.objects.filter(pk=batch.pk).update(state=Import.State.DONE)
+    assert not any("upload" in note for note in services.notes_for(collection, config))

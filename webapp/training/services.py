@@ -15,7 +15,7 @@ from fewshot_engine.config import TrainConfig
 from webapp.accounts.models import User
 from webapp.jobs.models import Event, Job
 from webapp.jobs.services import Claim, create_job, fenced, record, retry, wake
-from webapp.library.models import Category, Collection
+from webapp.library.models import Category, Collection, Import
 from webapp.training.models import Metric, Model, TrainingRun
 
 USUAL_WAYS, GOOD_CLASSES, GOOD_PHOTOS = 5, 20, 20
@@ -105,6 +105,11 @@ def notes_for(collection: Collection, config: TrainConfig) -> list[str]:
             }
         )
     notes = []
+    if collection.imports.exclude(state=Import.State.DONE).exists():
+        notes.append(
+            _("An upload into this collection is not finished: the run learns from the %(n)s photos that are there.")
+            % {"n": f"{sum(n for _path, n in sizes.values()):,}"}
+        )
     small = [(path, n) for path, n in sizes.values() if n < least]
     if small:
         named = ", ".join(f"{path} ({n})" for path, n in small[:5]) + ("…" if len(small) > 5 else "")
