@@ -22,16 +22,10 @@ from fewshot_engine.config import (
     TrainConfig,
     Variation,
 )
-from fewshot_engine.datasets import (
-    ClassSplit,
-    LabelledImages,
-    TrainData,
-    build_pixel_cache,
-    from_folders,
-    group_near_copies,
-    read_pixel_cache,
-)
+from fewshot_engine.datasets import ClassSplit, LabelledImages, TrainData, from_folders
 from fewshot_engine.errors import ConfigError, DataError
+from fewshot_engine.near_copies import group_near_copies
+from fewshot_engine.pixel_cache import build_pixel_cache, read_pixel_cache
 from fewshot_engine.recipes import CARD, WEIGHTS
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Labelled images, the split into base and validation classes, what an episode can be made of, decoded pixels.
+"""Labelled images, the split into base and validation classes, what an episode can be made of.
 
 Plain Python and numpy: importing this loads no torch.
 """
@@ -6,20 +6,17 @@ Plain Python and numpy: importing this loads no torch.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fewshot_engine.checkpoints import write_atomically
 from fewshot_engine.config import EpisodeConfig, TrainConfig
 from fewshot_engine.errors import ConfigError, DataError
 
@@ -27,11 +24,6 @@ PHOTO_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 )
 Pixels = NDArray[np.uint8] | Callable[[NDArray[np.int64]], NDArray[np.uint8]]
-THUMBNAIL = 20  # pixels, of the side
-NEAR = 0.2  # between thumbnails of mean 0 and length 1; see `near_copies`
-LEAST_CONTRAST = 4.0  # grey levels of 256: with less, noise is all there is to compare
-NOMINATING_AXES = 8  # more separate hardly better, and slow the search tree down
-CACHE_BATCH = 256  # photos decoded between two entries in the journal of a pixel cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,148 +303,6 @@ def check_episode(counts: Mapping[str, int], episode: EpisodeConfig) -> EpisodeP
     return EpisodePlan(episode.way, episode.shot, query, left_out, tuple(notes))
 
 
-@dataclass(frozen=True, eq=False)
-class PixelCache:
-    """Decoded photos on disk.
-
-    Attributes:
-        pixels: (n, size, size, 3) uint8, a read-only memory map; black where a photo was refused.
-        readable: (n,) bool.
-        refused: (path, reason) of each photo that could not be decoded.
-    """
-
-    pixels: NDArray[np.uint8]
-    readable: NDArray[np.bool_]
-    refused: tuple[tuple[str, str], ...]
-
-
-def build_pixel_cache(paths: Sequence[str | Path], size: int, out: Path, decode_workers: int = 2) -> Iterator[int]:
-    """Decode every photo once into one .npy file, yielding how many are done; a second call goes on where one stopped.
-
-    Threads are enough: Pillow releases the lock while it decodes, and a daemonic worker may not start processes.
-
-    Args:
-        size: side of the squares, in pixels, cut as the encoder does.
-        out: the .npy file; what is known about each photo stands beside it, in files of the same name.
-        decode_workers: threads.
-    """
-    from fewshot_engine import images
-    from fewshot_engine.encoder import preprocess
-    from fewshot_engine.errors import ImageRefused
-
-    def decode_one(index: int) -> str | None:
-        try:
-            pixels[index] = preprocess(images.decode(Path(paths[index]), min_side=size).rgb, size)
-        except ImageRefused as error:
-            return str(error)
-        except OSError as error:
-            return f"The file cannot be opened: {error.strerror or error}."
-        return None
-
-    journal = _CacheJournal(out, paths, size)
-    done = journal.done()
-    if len(done) < len(paths) or not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not done or not out.exists()
-        done = {} if fresh else done
-        shape = (len(paths), size, size, 3)
-        pixels = np.lib.format.open_memmap(out, "w+" if fresh else "r+", np.uint8, shape if fresh else None)
-        waiting = [index for index in range(len(paths)) if index not in done]
-        with ThreadPoolExecutor(max(1, decode_workers)) as pool:
-            for start in range(0, len(waiting), CACHE_BATCH):
-                batch = waiting[start : start + CACHE_BATCH]
-                reasons = dict(zip(batch, pool.map(decode_one, batch), strict=True))
-                pixels.flush()  # the pixels first, then the line that vouches for them
-                done |= reasons
-                journal.write(done)
-                yield len(done)
-    yield len(paths)
-
-
-def read_pixel_cache(out: Path, paths: Sequence[str | Path], size: int) -> PixelCache:
-    """What `build_pixel_cache` made of these paths at this size.
-
-    Raises:
-        DataError: it is not there, not finished, or of other photos.
-    """
-    done = _CacheJournal(out, paths, size).done()
-    if len(done) < len(paths) or not out.exists():
-        raise DataError(f"{len(done)} of {len(paths)} photos are decoded at {size} px: build the cache first")
-    readable = np.array([done[index] is None for index in range(len(paths))], dtype=bool)
-    refused = tuple((str(paths[index]), reason) for index, reason in sorted(done.items()) if reason is not None)
-    return PixelCache(np.load(out, mmap_mode="r", allow_pickle=False), readable, refused)
-
-
-def group_near_copies(images: LabelledImages, *, decode_workers: int = 2) -> LabelledImages:
-    """The same photos, in groups that hold near copies as well: other sizes and encodings of one picture.
-
-    Reads every photo once, at a small scale. A photo that cannot be read stays as it is.
-    """
-    small = thumbnails(images.paths, decode_workers=decode_workers)
-    return replace(images, groups=near_copies(small, images.groups))
-
-
-def thumbnails(paths: Sequence[str | Path], *, decode_workers: int = 2) -> NDArray[np.uint8]:
-    """(n, THUMBNAIL, THUMBNAIL, 3): whole photos, squeezed into the square; black where one cannot be read."""
-    from PIL.Image import Resampling
-
-    from fewshot_engine import images
-    from fewshot_engine.errors import ImageRefused
-
-    def small(path: str | Path) -> NDArray[np.uint8]:
-        try:
-            rgb = images.decode(Path(path), min_side=2 * THUMBNAIL).rgb
-        except (ImageRefused, OSError):
-            return np.zeros((THUMBNAIL, THUMBNAIL, 3), dtype=np.uint8)
-        return np.asarray(rgb.resize((THUMBNAIL, THUMBNAIL), Resampling.BOX))
-
-    with ThreadPoolExecutor(max(1, decode_workers)) as pool:
-        return np.stack(list(pool.map(small, paths)))
-
-
-def near_copies(small: NDArray[np.uint8], groups: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-    """Groups of photos whose pixels differ by at most a fifth of their contrast, whatever their brightness.
-
-    Re-encoding, resizing and brightening stay under 0.1; the two most alike of 2,700 drawings of characters are 0.3
-    apart, of 200 photos of clothes 0.4. A burst's frames join where nothing moved far. All pairs that close are found:
-    they are as close in their first principal components, so a search tree over those nominates a few, and their
-    pixels decide.
-
-    Args:
-        small: (n, s, s, 3) uint8, of `thumbnails`; one without contrast is like nothing.
-        groups: (n,) groups that are known already, and stay together.
-
-    Returns:
-        (n,), group numbers from 0.
-    """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-    from scipy.spatial import cKDTree
-
-    n = len(small)
-    rows = small.reshape(n, -1).astype(np.float32)
-    rows -= rows.mean(axis=1, keepdims=True)
-    plain = rows.std(axis=1) < LEAST_CONTRAST
-    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-6))
-    candidates = np.flatnonzero(~plain)
-    pairs = np.zeros((0, 2), dtype=np.int64)
-    if len(candidates):
-        unit = rows[candidates]
-        _, axes = np.linalg.eigh(unit.T @ unit)  # ascending
-        nominated = cKDTree(unit @ axes[:, -NOMINATING_AXES:]).query_pairs(NEAR + 1e-6, output_type="ndarray")
-        kept = [
-            part[np.linalg.norm(unit[part[:, 0]] - unit[part[:, 1]], axis=1) <= NEAR]
-            for part in np.array_split(nominated, len(nominated) // 10_000 + 1)
-        ]
-        pairs = candidates[np.concatenate(kept)]
-    if groups is not None:  # each photo with the first of its group
-        _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
-        pairs = np.concatenate([pairs, np.stack([np.arange(n), first[inverse]], axis=1)])
-    links = coo_array((np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
-    numbers: NDArray[np.int64] = connected_components(links, directed=False)[1].astype(np.int64)
-    return numbers
-
-
 def count_photos(
     classes: Sequence[str], labels: NDArray[np.int64], groups: NDArray[np.int64] | None = None
 ) -> dict[str, int]:
@@ -529,22 +379,3 @@ def _identical_files(paths: Sequence[Path]) -> NDArray[np.int64]:
             digest = hashlib.sha256(paths[index].read_bytes()).hexdigest()
             groups[index] = seen.setdefault(digest, index)
     return groups
-
-
-class _CacheJournal:
-    """Which photos of a cache are decoded, and why the refused ones were; void when photos or size are others."""
-
-    def __init__(self, out: Path, paths: Sequence[str | Path], size: int) -> None:
-        self.path = out.with_name(out.name + ".json")
-        self.key = hashlib.sha256(json.dumps([size, [str(path) for path in paths]]).encode()).hexdigest()
-
-    def done(self) -> dict[int, str | None]:
-        """Index -> reason it was refused for, None where it was not."""
-        try:
-            kept = json.loads(self.path.read_text())
-            return {int(index): reason for index, reason in kept["done"].items()} if kept["key"] == self.key else {}
-        except (OSError, ValueError, KeyError, AttributeError):
-            return {}
-
-    def write(self, done: Mapping[int, str | None]) -> None:
-        write_atomically(self.path, json.dumps({"key": self.key, "done": dict(done)}).encode())

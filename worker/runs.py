@@ -15,8 +15,9 @@ from django.core.files.storage import default_storage
 from django.utils.translation import gettext as _
 
 from fewshot_engine.config import TrainConfig
-from fewshot_engine.datasets import TrainData, build_pixel_cache, read_pixel_cache
+from fewshot_engine.datasets import TrainData
 from fewshot_engine.errors import DataError
+from fewshot_engine.pixel_cache import build_pixel_cache, read_pixel_cache
 from fewshot_engine.training import (
     Evaluated,
     Finished,

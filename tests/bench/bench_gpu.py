@@ -24,12 +24,13 @@ from torch.nn.functional import normalize
 
 from fewshot_engine.backbones import get_backbone
 from fewshot_engine.config import Augmentation, EpisodeConfig, TrainConfig, Variation
-from fewshot_engine.datasets import ClassSplit, EpisodePlan, TrainData, build_pixel_cache, from_folder, read_pixel_cache
+from fewshot_engine.datasets import ClassSplit, EpisodePlan, TrainData, from_folder
 from fewshot_engine.episodes import EpisodeSampler
 from fewshot_engine.evaluation import Score
 from fewshot_engine.losses import prototypical_loss
 from fewshot_engine.networks import Network
 from fewshot_engine.optimisers import Optimiser
+from fewshot_engine.pixel_cache import build_pixel_cache, read_pixel_cache
 from fewshot_engine.recipes import load_model
 from fewshot_engine.training import Evaluated, Finished, Saved, Started, Step, meta_train
 

@@ -25,7 +25,8 @@ from torchvision import transforms
 
 from fewshot_engine.backbones import get_backbone
 from fewshot_engine.config import EpisodeConfig, TrainConfig
-from fewshot_engine.datasets import LabelledImages, TrainData, build_pixel_cache, from_folder, read_pixel_cache
+from fewshot_engine.datasets import LabelledImages, TrainData, from_folder
+from fewshot_engine.pixel_cache import build_pixel_cache, read_pixel_cache
 from fewshot_engine.training import Evaluated, Finished, Step, meta_train
 
 SIDE = 28  # pixels, of the drawings
