@@ -28,7 +28,7 @@ for _name in ("DATABASE_URL", "OPEN_SIGNUP", "EMAIL_URL", "HTTPS"):
 
 
 def _start_valkey() -> subprocess.Popen[bytes]:
-    from webapp.run import EmbeddedRedis, ping_redis
+    from webapp.run.embedded import EmbeddedRedis, ping_redis
 
     server = EmbeddedRedis.find(_folder, "test-password")
     os.environ["REDIS_URL"] = server.url

@@ -20,9 +20,15 @@ import pytest
 import yaml
 
 import bootstrap
-from webapp import run
+from webapp.run import ROOT, StartError, processes
+from webapp.run.data_dir import check_data_dir, load_secrets, lock
+from webapp.run.embedded import EmbeddedRedis, ping_redis
+from webapp.run.network import check_port, ensure_certificate, free_port
+from webapp.run.options import Options, environment
+from webapp.run.preparation import fingerprints
+from webapp.run.processes import PROCESSES, WEB, Child, Process
+from webapp.run.supervisor import Supervisor
 
-ROOT = Path(run.__file__).parent.parent
 NOW = datetime.datetime(2026, 11, 23, tzinfo=datetime.UTC)
 
 
@@ -35,8 +41,8 @@ def data_dir() -> Iterator[Path]:
         yield Path(folder)
 
 
-def options(data_dir: Path, **env: str) -> run.Options:
-    return run.Options.from_environment({"DATA_DIR": str(data_dir), **env})
+def options(data_dir: Path, **env: str) -> Options:
+    return Options.from_environment({"DATA_DIR": str(data_dir), **env})
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -45,52 +51,50 @@ def options(data_dir: Path, **env: str) -> run.Options:
 def test_port_in_use_names_another_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(run.StartError, match=f"Port {port} is in use.*make run PORT={port + 1}"):
-            run.check_port("127.0.0.1", port)
+        with pytest.raises(StartError, match=f"Port {port} is in use.*make run PORT={port + 1}"):
+            check_port("127.0.0.1", port)
 
 
 def test_free_port_is_taken() -> None:
-    run.check_port("127.0.0.1", run._free_port())
+    check_port("127.0.0.1", free_port())
 
 
 @pytest.mark.parametrize("port", ["0", "70000", "http", "-1"])
 def test_port_that_is_none_is_named(port: str, tmp_path: Path) -> None:
-    with pytest.raises(run.StartError, match=f"PORT is '{port}'"):
+    with pytest.raises(StartError, match=f"PORT is '{port}'"):
         options(tmp_path, PORT=port)
 
 
 def test_foreign_host_is_named() -> None:
-    with pytest.raises(run.StartError, match=r"192\.0\.2\.7"):
-        run.check_port("192.0.2.7", 8000)
+    with pytest.raises(StartError, match=r"192\.0\.2\.7"):
+        check_port("192.0.2.7", 8000)
 
 
 def test_data_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("")
-    with pytest.raises(run.StartError, match=r"cannot be written.*make run DATA_DIR="):
-        run.check_data_dir(tmp_path / "data")
+    with pytest.raises(StartError, match=r"cannot be written.*make run DATA_DIR="):
+        check_data_dir(tmp_path / "data")
 
 
 def test_full_disk_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(run.StartError, match=r"0\.1 GB free and 0\.5 GB is the least"):
-        run.check_data_dir(tmp_path, free_gb=lambda path: 0.1)
+    with pytest.raises(StartError, match=r"0\.1 GB free and 0\.5 GB is the least"):
+        check_data_dir(tmp_path, free_gb=lambda path: 0.1)
 
 
 def test_second_run_on_one_data_dir_is_told_of_the_first(tmp_path: Path) -> None:
     first = options(tmp_path)
-    with run.lock(first):
-        run.Supervisor(first, {"REDIS_URL": ""})._write_state()
-        with pytest.raises(
-            run.StartError, match=rf"already runs on .*http://localhost:8000/ \(process {os.getpid()}\)"
-        ):
-            run.lock(first).__enter__()
-    with run.lock(first):
+    with lock(first.data_dir):
+        Supervisor(first, {"REDIS_URL": ""})._write_state()
+        with pytest.raises(StartError, match=rf"already runs on .*http://localhost:8000/ \(process {os.getpid()}\)"):
+            lock(first.data_dir).__enter__()
+    with lock(first.data_dir):
         pass  # and it may start once the first is gone
 
 
 def test_damaged_secrets_are_not_replaced_in_silence(tmp_path: Path) -> None:
     (tmp_path / "secrets.json").write_text("{")
-    with pytest.raises(run.StartError, match="damaged"):
-        run.load_secrets(tmp_path)
+    with pytest.raises(StartError, match="damaged"):
+        load_secrets(tmp_path)
 
 
 # The environment ------------------------------------------------------------------------------------------------------
@@ -161,22 +165,22 @@ def test_locks_name_no_host() -> None:
 
 
 def test_secrets_are_private_and_kept(tmp_path: Path) -> None:
-    first = run.load_secrets(tmp_path)
+    first = load_secrets(tmp_path)
     assert (tmp_path / "secrets.json").stat().st_mode & 0o777 == 0o600
     assert len(first["secret_key"]) >= 50
-    assert run.load_secrets(tmp_path) == first
+    assert load_secrets(tmp_path) == first
 
 
 def test_secrets_that_others_could_read_are_closed(tmp_path: Path) -> None:
-    run.load_secrets(tmp_path)
+    load_secrets(tmp_path)
     (tmp_path / "secrets.json").chmod(0o644)
-    run.load_secrets(tmp_path)
+    load_secrets(tmp_path)
     assert (tmp_path / "secrets.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_children_are_told_the_settings(tmp_path: Path) -> None:
     own = {"secret_key": "generated", "redis_password": "x"}
-    told = run.environment(options(tmp_path), own, "unix://:x@/s?db=0", {"MAKELEVEL": "1", "LANG": "C.UTF-8"})
+    told = environment(options(tmp_path), own, "unix://:x@/s?db=0", {"MAKELEVEL": "1", "LANG": "C.UTF-8"})
     assert told["SECRET_KEY"] == "generated"
     assert told["REDIS_URL"] == "unix://:x@/s?db=0"
     assert told["DATA_DIR"] == str(tmp_path)
@@ -188,15 +192,15 @@ def test_children_are_told_the_settings(tmp_path: Path) -> None:
 
 def test_what_the_person_set_wins(tmp_path: Path) -> None:
     env = {"SECRET_KEY": "mine", "DATABASE_URL": "postgres://u@h/d", "ALLOWED_HOSTS": "studio.example"}
-    told = run.environment(options(tmp_path), {"secret_key": "generated"}, "redis://", env)
+    told = environment(options(tmp_path), {"secret_key": "generated"}, "redis://", env)
     assert (told["SECRET_KEY"], told["DATABASE_URL"]) == ("mine", "postgres://u@h/d")
     assert told["ALLOWED_HOSTS"] == "studio.example,127.0.0.1"
 
 
 def test_open_host_is_served_over_tls_to_its_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "local_addresses", lambda host: ["192.168.1.5"])
+    monkeypatch.setattr("webapp.run.options.local_addresses", lambda host: ["192.168.1.5"])
     chosen = options(tmp_path, HOST="0.0.0.0", PORT="8443")
-    told = run.environment(chosen, {"secret_key": "x"}, "redis://", {})
+    told = environment(chosen, {"secret_key": "x"}, "redis://", {})
     assert chosen.address == "https://192.168.1.5:8443/"
     assert told["HTTPS"] == "1"
     assert "192.168.1.5" in told["ALLOWED_HOSTS"].split(",")
@@ -204,15 +208,15 @@ def test_open_host_is_served_over_tls_to_its_own_names(tmp_path: Path, monkeypat
 
 
 def test_certificate_is_kept_until_a_name_is_new_or_it_expires(tmp_path: Path) -> None:
-    certificate, key = run.ensure_certificate(tmp_path, ["localhost", "192.168.1.5"], NOW)
+    certificate, key = ensure_certificate(tmp_path, ["localhost", "192.168.1.5"], NOW)
     assert key.stat().st_mode & 0o777 == 0o600
     first = certificate.read_bytes()
-    run.ensure_certificate(tmp_path, ["192.168.1.5"], NOW)
+    ensure_certificate(tmp_path, ["192.168.1.5"], NOW)
     assert certificate.read_bytes() == first
-    run.ensure_certificate(tmp_path, ["localhost", "10.0.0.9"], NOW)
+    ensure_certificate(tmp_path, ["localhost", "10.0.0.9"], NOW)
     second = certificate.read_bytes()
     assert second != first
-    run.ensure_certificate(tmp_path, ["localhost"], NOW + datetime.timedelta(days=799))
+    ensure_certificate(tmp_path, ["localhost"], NOW + datetime.timedelta(days=799))
     assert certificate.read_bytes() != second
 
 
@@ -220,7 +224,7 @@ def test_certificate_is_kept_until_a_name_is_new_or_it_expires(tmp_path: Path) -
 
 
 def prepared(data_dir: Path, database: str = "") -> dict[str, str]:
-    return run.fingerprints(options(data_dir), {"DATABASE_URL": database or f"sqlite:///{data_dir}/db.sqlite3"})
+    return fingerprints(options(data_dir), {"DATABASE_URL": database or f"sqlite:///{data_dir}/db.sqlite3"})
 
 
 def test_database_is_migrated_again_once_it_is_another(tmp_path: Path) -> None:
@@ -253,22 +257,22 @@ def test_static_files_are_collected_where_there_are_none(tmp_path: Path) -> None
 
 
 @pytest.fixture(params=["socket", "loopback"])
-def server(request: pytest.FixtureRequest, data_dir: Path) -> Iterator[run.EmbeddedRedis]:
+def server(request: pytest.FixtureRequest, data_dir: Path) -> Iterator[EmbeddedRedis]:
     folder = data_dir if request.param == "socket" else data_dir / ("long" * 30)
-    embedded = run.EmbeddedRedis.find(folder, "the-password")
+    embedded = EmbeddedRedis.find(folder, "the-password")
     assert embedded.url.startswith("unix://" if request.param == "socket" else "redis://")
     with subprocess.Popen(embedded.command, stdout=subprocess.DEVNULL) as process:
         for _ in range(100):
-            if run.ping_redis(embedded.url) is None:
+            if ping_redis(embedded.url) is None:
                 break
             time.sleep(0.05)
         yield embedded
         process.terminate()
 
 
-def test_embedded_server_answers_only_with_its_password(server: run.EmbeddedRedis) -> None:
-    assert run.ping_redis(server.url) is None
-    assert "uthentication" in str(run.ping_redis(server.url.replace(":the-password@", "")))
+def test_embedded_server_answers_only_with_its_password(server: EmbeddedRedis) -> None:
+    assert ping_redis(server.url) is None
+    assert "uthentication" in str(ping_redis(server.url.replace(":the-password@", "")))
     assert not any("the-password" in word for word in server.command)
     assert (server.folder / "server.conf").stat().st_mode & 0o777 == 0o600
 
@@ -294,14 +298,18 @@ STUBBORN = (
 )
 MAIN = """
 import os, sys
-from webapp import run
-options = run.Options.from_environment(os.environ)
-own = run.load_secrets(options.data_dir)
-redis = run.EmbeddedRedis.find(options.data_dir, own["redis_password"])
-env = run.environment(options, own, redis.url, os.environ)
-worker = run.Process("training", ("-c", os.environ["WORKER"]), {"WORKER_QUEUE": "training"}, 1, " ready.")
-supervisor = run.Supervisor(options, env, (run.Process("web", ("-c", os.environ["SITE"])), worker), ())
-with run.lock(options), supervisor.signals():
+from webapp.run.data_dir import load_secrets, lock
+from webapp.run.embedded import EmbeddedRedis
+from webapp.run.options import Options, environment
+from webapp.run.processes import Process
+from webapp.run.supervisor import Supervisor
+options = Options.from_environment(os.environ)
+own = load_secrets(options.data_dir)
+redis = EmbeddedRedis.find(options.data_dir, own["redis_password"])
+env = environment(options, own, redis.url, os.environ)
+worker = Process("training", ("-c", os.environ["WORKER"]), {"WORKER_QUEUE": "training"}, 1, " ready.")
+supervisor = Supervisor(options, env, (Process("web", ("-c", os.environ["SITE"])), worker), ())
+with lock(options.data_dir), supervisor.signals():
     sys.exit(supervisor.run(redis))
 """
 
@@ -311,7 +319,7 @@ class Studio:
 
     def __init__(self, data_dir: Path, worker: str = WORKER) -> None:
         self.data_dir = data_dir
-        self.port = run._free_port()
+        self.port = free_port()
         env = {**os.environ, "DATA_DIR": str(data_dir), "PORT": str(self.port), "SITE": SITE, "WORKER": worker}
         self.popen = subprocess.Popen(
             [sys.executable, "-u", "-c", MAIN],
@@ -410,8 +418,8 @@ def test_logs_of_the_start_before_are_kept(data_dir: Path) -> None:
     }
 
 
-def child(tmp_path: Path) -> run.Child:
-    return run.Child(run.Process("web", ()), [], {}, tmp_path / "web.log")
+def child(tmp_path: Path) -> Child:
+    return Child(Process("web", ()), [], {}, tmp_path / "web.log")
 
 
 def test_five_deaths_within_a_minute_are_enough(tmp_path: Path) -> None:
@@ -440,7 +448,7 @@ def test_errors_in_a_log_are_repeated(tmp_path: Path) -> None:
 
 
 def test_long_log_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "LOG_LIMIT_BYTES", 100)
+    monkeypatch.setattr(processes, "LOG_LIMIT_BYTES", 100)
     web = child(tmp_path)
     web.log.write_text("x" * 120 + "\n")
     web.new_lines()
@@ -453,10 +461,10 @@ def test_long_log_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_compose_starts_the_same_processes() -> None:
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    assert {process.name for process in run.PROCESSES} == set(services) - {"setup", "valkey", "postgres"}
-    for process in run.PROCESSES:
+    assert {process.name for process in PROCESSES} == set(services) - {"setup", "valkey", "postgres"}
+    for process in PROCESSES:
         service = services[process.name]
-        bound = ["--host", "0.0.0.0", "--port", "8000"] if process is run.WEB else []
+        bound = ["--host", "0.0.0.0", "--port", "8000"] if process is WEB else []
         assert service["command"] == ["python", *process.arguments, *bound]
         assert service["stop_grace_period"] == f"{process.grace_s}s"
         assert service["environment"].items() >= process.env.items()
@@ -467,7 +475,8 @@ def test_compose_starts_the_same_processes() -> None:
 
 def test_every_setting_is_in_the_readme() -> None:
     read = re.findall(r'env\.\w+\(\s*"([A-Z_]+)"', (ROOT / "webapp" / "settings.py").read_text())
-    read += re.findall(r'env\.get\("([A-Z_]+)"', (ROOT / "webapp" / "run.py").read_text())
+    for path in (ROOT / "webapp" / "run").glob("*.py"):
+        read += re.findall(r'env\.get\("([A-Z_]+)"', path.read_text())
     documented = re.findall(r"^\| `([A-Z_]+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(read) > 10
     assert set(read) == set(documented)
