@@ -2,7 +2,7 @@
 
 from django.urls import path
 
-from webapp.labelsets import views
+from webapp.labelsets import batches, views
 
 app_name = "labelsets"
 urlpatterns = [
@@ -17,9 +17,9 @@ urlpatterns = [
     path("label-sets/<uuid:pk>/model/", views.use_model, name="use-model"),
     path("label-sets/<uuid:pk>/threshold/", views.threshold, name="threshold"),
     path("label-sets/<uuid:pk>/labels/new/", views.add_label, name="add-label"),
-    path("label-sets/<uuid:pk>/drop/", views.classify_drop, name="classify-drop"),
-    path("label-sets/<uuid:pk>/classify/", views.classify_collection, name="classify-collection"),
-    path("label-sets/<uuid:pk>/batches/<uuid:batch_id>/", views.classification, name="classification"),
+    path("label-sets/<uuid:pk>/drop/", batches.classify_drop, name="classify-drop"),
+    path("label-sets/<uuid:pk>/classify/", batches.classify_collection, name="classify-collection"),
+    path("label-sets/<uuid:pk>/batches/<uuid:batch_id>/", batches.classification, name="classification"),
     path("labels/<uuid:pk>/examples/", views.label_examples, name="label-examples"),
     path("labels/<uuid:pk>/examples/add/", views.add_examples, name="add-examples"),
     path("labels/<uuid:pk>/examples/upload/", views.upload_examples, name="upload-examples"),
@@ -29,11 +29,11 @@ urlpatterns = [
     path("labels/<uuid:pk>/restore/", views.restore_label, name="restore-label"),
     path("examples/<uuid:pk>/remove/", views.remove_example, name="remove-example"),
     path("examples/<uuid:pk>/restore/", views.restore_example, name="restore-example"),
-    path("batches/<uuid:pk>/results/", views.results, name="results"),
-    path("batches/<uuid:pk>/top-k/", views.top_k, name="top-k"),
-    path("batches/<uuid:pk>/sort/", views.sort_again, name="sort-again"),
-    path("batches/<uuid:pk>/photos/<uuid:photo_id>/", views.evidence, name="evidence"),
-    path("batches/<uuid:pk>/photos/<uuid:photo_id>/answer/", views.answer, name="answer"),
-    path("batches/<uuid:pk>/photos/<uuid:photo_id>/take-back/", views.take_answer_back, name="take-answer-back"),
-    path("batches/<uuid:pk>/export/<str:kind>/", views.export, name="export"),
+    path("batches/<uuid:pk>/results/", batches.results, name="results"),
+    path("batches/<uuid:pk>/top-k/", batches.top_k, name="top-k"),
+    path("batches/<uuid:pk>/sort/", batches.sort_again, name="sort-again"),
+    path("batches/<uuid:pk>/photos/<uuid:photo_id>/", batches.evidence, name="evidence"),
+    path("batches/<uuid:pk>/photos/<uuid:photo_id>/answer/", batches.answer, name="answer"),
+    path("batches/<uuid:pk>/photos/<uuid:photo_id>/take-back/", batches.take_answer_back, name="take-answer-back"),
+    path("batches/<uuid:pk>/export/<str:kind>/", batches.export, name="export"),
 ]
