@@ -1,7 +1,8 @@
 """A regularised linear head, for people with many examples of each label, and the advice which classifier to use.
 
 Multinomial logistic regression on L2-normalised embeddings, fitted by scikit-learn. At 1 to 5 examples it gains nothing
-over prototypes (Chen et al. 2019); the specification puts the turn above 100 a label.
+over prototypes (Chen et al. 2019); the specification puts the turn above 100 a label. Temperature scaling (Guo et al.
+2017) on held-out examples makes its confidence a probability. Of strangers it knows nothing: prototypes are asked.
 """
 
 from __future__ import annotations
@@ -15,32 +16,38 @@ import numpy as np
 import numpy.typing as npt
 
 from fewshot_engine.errors import ConfigError, DataError, EmptyClassError
+from fewshot_engine.inference import EVIDENCE, Predictions, PrototypeModel, classify
+from fewshot_engine.leave_one_out import near_copies
 from fewshot_engine.prototypes import FloatArray, IntArray, l2_normalise
 
 MANY_EXAMPLES = 100  # a label: above it the head is advised
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # tried for C, the inverse of the regularisation, in ascending order
 FOLDS = 5
+TEMPERATURE_SD = 0.5  # of its logarithm, around 1: a few examples that are all recognised do not make it sure of itself
 
 
 @dataclass(frozen=True, eq=False)
 class LinearHead:
-    """Probabilities of labels are softmax(normalise(x) W' + b).
+    """Probabilities of labels are softmax((normalise(x) W' + b) / T).
 
     Attributes:
         weights: (n_way, dim) float32: W.
         biases: (n_way,) float32: b.
         strength: C, the inverse of the regularisation, as chosen.
-        expected_accuracy: by cross-validation at that strength, 0 to 1; None where a label has one example.
+        temperature: T, by the log-loss of examples held out at that strength; 1 where none could be.
+        expected_accuracy: by cross-validation at that strength, 0 to 1; None where a label has one example, or nothing
+            but near copies of one.
     """
 
     weights: npt.NDArray[np.float32]
     biases: npt.NDArray[np.float32]
     strength: float
+    temperature: float
     expected_accuracy: float | None
 
     def probabilities(self, embeddings: FloatArray) -> npt.NDArray[np.float32]:
         """(n, dim), raw, of the encoder that made the examples -> (n, n_way)."""
-        logits = l2_normalise(embeddings) @ self.weights.T + self.biases
+        logits = (l2_normalise(embeddings) @ self.weights.T + self.biases) / self.temperature
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
         shares: npt.NDArray[np.float32] = (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32)
         return shares
@@ -61,9 +68,9 @@ def fit_linear_head(
     Args:
         embeddings: (n, dim), raw.
         labels: (n,), integers in [0, n_way).
-        strength: C; None to choose among `STRENGTHS` by stratified cross-validation: the strongest regularisation whose
-            log-loss is within one standard error of the best (Breiman et al. 1984). Where a label has a single example
-            nothing can be validated, and it is 1.
+        strength: C; None to choose among `STRENGTHS` by stratified cross-validation, near copies on one side: the
+            strongest regularisation whose log-loss is within one standard error of the best (Breiman et al. 1984).
+            Where a label has a single example nothing can be validated, and it is 1.
 
     Raises:
         ConfigError: the strength is not above 0.
@@ -81,14 +88,40 @@ def fit_linear_head(
     if (counts == 0).any():
         raise EmptyClassError(f"label {int(counts.argmin())} of {n_way} has no example, so nothing can be learnt of it")
     photos = _in_their_span(l2_normalise(embeddings).astype(np.float64))
-    expected = None
-    if counts.min() >= 2:
-        losses, hits = _cross_validate(photos.coordinates, labels, (strength,) if strength else STRENGTHS)
-        place = _simplest_within_noise(losses)
-        strength, expected = strength or STRENGTHS[place], float(hits[place].mean())
+    temperature, expected = 1.0, None
+    folds = _deal(photos.coordinates, labels)
+    if folds is not None:
+        tried = (strength,) if strength else STRENGTHS
+        held_out = _held_out_logits(photos.coordinates, labels, folds, tried)
+        place = _simplest_within_noise(np.stack([_log_losses(logits, labels) for logits in held_out]))
+        strength, temperature = tried[place], _temperature(held_out[place], labels)
+        expected = float((held_out[place].argmax(axis=1) == labels).mean())
     strength = strength or 1.0
     weights, biases = _logistic(photos.coordinates, labels, strength)
-    return LinearHead((weights @ photos.axes).astype(np.float32), biases.astype(np.float32), strength, expected)
+    rows = (weights @ photos.axes).astype(np.float32)
+    return LinearHead(rows, biases.astype(np.float32), strength, temperature, expected)
+
+
+def classify_by_head(head: LinearHead, model: PrototypeModel, queries: FloatArray, *, top_k: int = 3) -> Predictions:
+    """Labels and confidences of the head; distances to the labels' prototypes, and strangers, of the model.
+
+    A head rests on no single examples, so there is no evidence: `nearest` is -1.
+
+    Args:
+        head, model: fitted on the same examples.
+        queries: (n, dim), raw embeddings; n may be 0.
+        top_k: how many labels to give; fewer when there are fewer.
+    """
+    probabilities, distances = head.probabilities(queries), 1 - model.similarities(model.prepare(queries))
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, : max(1, top_k)]
+    return Predictions(
+        labels=order,
+        confidences=np.take_along_axis(probabilities, order, axis=1),
+        distances=np.take_along_axis(distances, order, axis=1),
+        stranger=classify(model, queries, top_k=1).stranger,
+        nearest=np.full((len(queries), 2 * EVIDENCE), -1),
+        nearest_similarities=np.zeros((len(queries), 2 * EVIDENCE), dtype=np.float32),
+    )
 
 
 def advise(counts: Mapping[str, int]) -> Advice:
@@ -139,22 +172,49 @@ def _in_their_span(photos: npt.NDArray[np.float64]) -> _Span:
     return _Span(photos @ axes.T, axes)
 
 
-def _cross_validate(
-    photos: npt.NDArray[np.float64], labels: IntArray, strengths: tuple[float, ...]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """(n_strengths, n) each: log-loss of each example, and whether it was recognised, by a head that never saw it."""
-    from sklearn.model_selection import StratifiedKFold
+def _deal(photos: npt.NDArray[np.float64], labels: IntArray) -> npt.NDArray[np.int64] | None:
+    """(n,) a fold for each example: every label in each of them, near copies in one; None where that cannot be."""
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components
 
-    folds = min(FOLDS, int(np.bincount(labels).min()))
-    losses, hits = np.empty((len(strengths), len(labels))), np.empty((len(strengths), len(labels)), dtype=bool)
-    for seen, held in StratifiedKFold(folds, shuffle=True, random_state=0).split(photos, labels):
+    members = [np.flatnonzero(labels == label) for label in range(int(labels.max()) + 1)]
+    alike = [connected_components(csr_array(near_copies(photos[own], np.zeros_like(own)))) for own in members]
+    count = min(FOLDS, *(different for different, _ in alike))
+    if count < 2:
+        return None
+    rng, folds = np.random.default_rng(0), np.empty(len(labels), dtype=np.int64)
+    for own, (different, group) in zip(members, alike, strict=True):
+        folds[own] = rng.permutation(different)[group] % count
+    return folds
+
+
+def _held_out_logits(
+    photos: npt.NDArray[np.float64], labels: IntArray, folds: IntArray, strengths: tuple[float, ...]
+) -> npt.NDArray[np.float64]:
+    """(n_strengths, n, n_way): what a head says of each example that it never saw."""
+    logits = np.empty((len(strengths), len(labels), int(labels.max()) + 1))
+    for fold in range(int(folds.max()) + 1):
+        held = folds == fold
         for row, strength in enumerate(strengths):
-            weights, biases = _logistic(photos[seen], labels[seen], strength)
-            logits = photos[held] @ weights.T + biases
-            logits -= logits.max(axis=1, keepdims=True)
-            losses[row, held] = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(held)), labels[held]]
-            hits[row, held] = logits.argmax(axis=1) == labels[held]
-    return losses, hits
+            weights, biases = _logistic(photos[~held], labels[~held], strength)
+            logits[row, held] = photos[held] @ weights.T + biases
+    return logits
+
+
+def _log_losses(logits: npt.NDArray[np.float64], labels: IntArray) -> npt.NDArray[np.float64]:
+    """(n,) of (n, n_way)."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    losses: npt.NDArray[np.float64] = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
+    return losses
+
+
+def _temperature(logits: npt.NDArray[np.float64], labels: IntArray) -> float:
+    """The most probable one: likelihood of the held-out examples' labels times a log-normal prior."""
+    offsets = np.linspace(-2.5, 2.5, 101)
+    costs = [
+        _log_losses(logits / np.exp(offset), labels).sum() + (offset / TEMPERATURE_SD) ** 2 / 2 for offset in offsets
+    ]
+    return float(np.exp(offsets[int(np.argmin(costs))]))
 
 
 def _simplest_within_noise(losses: npt.NDArray[np.float64]) -> int:

@@ -3,14 +3,33 @@ import pytest
 from scipy.optimize import minimize
 
 from fewshot_engine.errors import ConfigError, DataError, EmptyClassError
-from fewshot_engine.linear_head import STRENGTHS, _simplest_within_noise, advise, fit_linear_head
+from fewshot_engine.inference import classify, fit
+from fewshot_engine.linear_head import (
+    STRENGTHS,
+    LinearHead,
+    _simplest_within_noise,
+    _temperature,
+    advise,
+    classify_by_head,
+    fit_linear_head,
+)
 from fewshot_engine.prototypes import l2_normalise
+from fewshot_engine.selection import candidates, choose_rule
 
 
 def photos(n_way, shot, *, dim=24, noise=0.8, seed=0):
     directions = np.random.default_rng(99).normal(size=(n_way, dim))
     labels = np.repeat(np.arange(n_way), shot)
     return directions[labels] + noise * np.random.default_rng(seed).normal(size=(len(labels), dim)), labels
+
+
+def stripes(shot, *, seed=0):
+    """Three labels side by side across a direction in which each of them is wide: their prototypes lie close."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(3), shot)
+    rows, along = rng.normal(scale=0.1, size=(len(labels), 24)), rng.normal(size=len(labels))
+    rows[:, :3] += np.stack([np.full(len(labels), 2.0), along, along + (labels - 1) / 2], axis=1)
+    return rows.astype(np.float32), labels
 
 
 def test_it_recognises_new_photos_and_expects_as_much():
@@ -75,9 +94,55 @@ def test_the_stronger_regularisation_wins_unless_the_gain_is_beyond_noise():
     assert _simplest_within_noise(np.stack([base + noise - noise.mean() + 0.1, base])) == 1
 
 
+def test_it_tells_apart_what_no_prototypes_do_and_is_as_sure_as_it_is_right():
+    (support, labels), (queries, truth) = stripes(120), stripes(300, seed=1)
+    rule = choose_rule(candidates({"whole": support}, labels), labels, 3).candidate.rule
+    model = fit(support, labels, 3, rule=rule)
+    by_prototypes = classify(model, queries, top_k=3)
+    answers = classify_by_head(fit_linear_head(support, labels, 3), model, queries)
+    right = (answers.labels[:, 0] == truth).mean()
+    assert right > 0.9 > 0.8 > (by_prototypes.labels[:, 0] == truth).mean()
+    assert answers.confidences[:, 0].mean() == pytest.approx(right, abs=0.03)
+    np.testing.assert_array_equal(answers.stranger, by_prototypes.stranger)
+    for label in range(3):
+        distances = [one.distances[one.labels == label] for one in (answers, by_prototypes)]
+        np.testing.assert_array_equal(*distances)
+    assert (answers.nearest == -1).all()
+
+
+def test_its_answers_by_hand():
+    support = np.array([[1, 0], [0, 1]], dtype=np.float32)
+    model = fit(support, np.array([0, 1]), 2)
+    weights = np.array([[0, np.log(3)], [0, 0]], dtype=np.float32)
+    head = LinearHead(weights, np.zeros(2, np.float32), strength=1.0, temperature=0.5, expected_accuracy=None)
+    query = np.array([[0.0, 7.0]])  # in the direction of prototype 1, which is label 0 to this head
+    answers = classify_by_head(head, model, query, top_k=1)
+    assert (answers.labels.tolist(), answers.confidences[0, 0]) == ([[0]], pytest.approx(9 / 10))  # 3² : 1
+    assert answers.distances[0, 0] == pytest.approx(1 - model.similarities(model.prepare(query))[0, 0])
+    assert answers.distances[0, 0] > classify(model, query).distances[0, 0]
+    assert len(classify_by_head(head, model, query[:0]).labels) == 0
+
+
+def test_the_temperature_makes_confidence_the_hit_rate():
+    logits = np.tile([2.0, 0.0], (4000, 1))
+    labels = np.repeat([0, 1], [3000, 1000])  # three of four are right: the logits' difference should be log 3
+    assert _temperature(logits, labels) == pytest.approx(2 / np.log(3), rel=0.02)
+    assert _temperature(50 * np.eye(2), np.array([0, 1])) == pytest.approx(1, rel=0.03)  # two hits promise nothing
+    assert _temperature(np.tile([2.0, 0.0], (20, 1)), np.zeros(20, dtype=int)) > 0.3
+
+
+def test_near_copies_of_an_example_are_held_out_with_it():
+    """Labels without a difference, each photo five times: whoever held out one of the five would expect to know it."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.tile([0, 1], 20), 5)
+    embeddings = np.repeat(rng.normal(size=(40, 24)), 5, axis=0) + 1e-3 * rng.normal(size=(200, 24))
+    assert fit_linear_head(embeddings, labels, 2, strength=100.0).expected_accuracy < 0.75
+
+
 def test_with_one_example_a_label_nothing_is_expected():
-    head = fit_linear_head(*photos(3, 1), 3)
-    assert (head.expected_accuracy, head.strength) == (None, 1.0)
+    for examples in (photos(3, 1), photos(3, 4, noise=0.0)):
+        head = fit_linear_head(*examples, 3)
+        assert (head.expected_accuracy, head.strength, head.temperature) == (None, 1.0, 1.0)
 
 
 def test_advice_names_the_numbers():
