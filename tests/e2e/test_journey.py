@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from tests.e2e.conftest import log_in, snap
 
@@ -26,91 +26,125 @@ def upload_folder(page: Page, folder: Path) -> None:
     dialog.get_by_role("button", name="Upload").click()
 
 
-def photos_of(folder: Path, count: int, *, skip: int = 0) -> list[str]:
-    found = sorted(p for p in folder.rglob("*.jpg"))
-    return [str(p) for p in found[skip : skip + count]]
+def photos_of(folder: Path, count: int | None = None, *, skip: int = 0) -> list[str]:
+    """Paths of the photos in it, in order: all after the skipped ones, or so many of them."""
+    found = sorted(folder.rglob("*.jpg"))[skip:]
+    return [str(p) for p in found[:count]]
 
 
 def test_from_a_folder_to_sorted_photos(page: Page, account: None, clothing: Path) -> None:
     log_in(page)
     snap(page, "02-home-empty")
+    names = sorted(p.name for p in clothing.iterdir() if p.is_dir())[:3]
+    count = len(photos_of(clothing))
 
-    # Collections
-    upload_folder(page, clothing)
+    take_in_collection(page, clothing, names, count)
+    label_set_url = create_label_set(page, "Wardrobe")
+    for name in names:
+        teach_label_by_upload(page, name, photos_of(clothing / name, 4))
+    expect(page.locator(".label progress")).to_have_count(0, timeout=60_000)
+    teach_by_camera_and_take_it_out(page, names[0], before=4)
+    snap(page, "08-label-set")
+
+    dropped = photos_of(clothing / names[0], 4, skip=6) + photos_of(clothing / names[1], 4, skip=6)
+    batch_url = classify_drop(page, dropped)
+    correct_first_photo(page)
+    page.goto(batch_url)
+    expect(page.locator("#results .photo")).to_have_count(8)
+    expect(page.locator("#results .photo .mark")).to_have_count(1)
+
+    page.goto(label_set_url)
+    classify_collection(page, count)
+    assert len(list(csv.DictReader(io.StringIO(exported(page, "csv"))))) == count
+    assert len(json.dumps(json.loads(exported(page, "json")))) > count
+
+    page.goto("/")
+    snap(page, "11-home")
+
+
+def take_in_collection(page: Page, folder: Path, names: list[str], count: int) -> None:
+    """Upload it, read the report, and find its categories in the tree."""
+    upload_folder(page, folder)
     page.wait_for_url(re.compile(r"/collections/[0-9a-f-]+/"))
-    count = len(list(clothing.rglob("*.jpg")))
     expect(page.locator("body")).to_contain_text(f"{count} accepted", timeout=240_000)
     snap(page, "04-collection-report")
-    collection_url = page.url
-    page.goto(collection_url)
-    names = sorted(p.name for p in clothing.iterdir() if p.is_dir())
-    for name in names[:3]:
+    page.goto(page.url)
+    for name in names:
         expect(page.locator(".tree")).to_contain_text(name)
     snap(page, "05-collection")
 
-    # A label set: three labels, by dropping, by picking, by the camera
+
+def create_label_set(page: Page, name: str) -> str:
+    """From the empty list to the empty set; returns its address."""
     page.goto("/label-sets/")
     snap(page, "06-label-sets-empty")
     page.get_by_role("button", name="New label set").first.click()
-    page.locator("#new-set input[name=name]").fill("Wardrobe")
+    page.locator("#new-set input[name=name]").fill(name)
     page.locator("#new-set").get_by_role("button", name="Create").click()
     page.wait_for_url(re.compile(r"/label-sets/[0-9a-f-]+/"))
     snap(page, "07-label-set-empty")
-    label_set_url = page.url
-    for name in names[:3]:
-        page.locator("#new-label-name").fill(name)
-        page.locator("#new-label-name").press("Enter")
-        card = page.locator(f".label[data-name='{name}']")
-        expect(card).to_be_visible()
-        card.locator("[data-add]").click()
-        with page.expect_file_chooser() as chooser:
-            page.locator("#add-examples .file-choice").click()
-        chooser.value.set_files(photos_of(clothing / name, 4))
-        expect(card.locator("[id^=example-]")).to_have_count(4, timeout=60_000)
-    expect(page.locator(".label progress")).to_have_count(0, timeout=60_000)
-    first = page.locator(f".label[data-name='{names[0]}']")
-    first.locator("[data-add]").click()
+    return page.url
+
+
+def card_of(page: Page, name: str) -> Locator:
+    return page.locator(f".label[data-name='{name}']")
+
+
+def teach_label_by_upload(page: Page, name: str, photos: list[str]) -> None:
+    page.locator("#new-label-name").fill(name)
+    page.locator("#new-label-name").press("Enter")
+    card = card_of(page, name)
+    expect(card).to_be_visible()
+    card.locator("[data-add]").click()
+    with page.expect_file_chooser() as chooser:
+        page.locator("#add-examples .file-choice").click()
+    chooser.value.set_files(photos)
+    expect(card.locator("[id^=example-]")).to_have_count(len(photos), timeout=60_000)
+
+
+def teach_by_camera_and_take_it_out(page: Page, name: str, *, before: int) -> None:
+    card = card_of(page, name)
+    card.locator("[data-add]").click()
     page.locator("#shoot-example").click()
     page.locator("#camera-shoot:enabled").click()
-    expect(first.locator("[id^=example-]")).to_have_count(5, timeout=60_000)
+    expect(card.locator("[id^=example-]")).to_have_count(before + 1, timeout=60_000)
     page.keyboard.press("Escape")
-    first.locator("[id^=drop-]").last.click()
-    expect(first.locator("[id^=example-]")).to_have_count(4)
-    snap(page, "08-label-set")
+    card.locator("[id^=drop-]").last.click()
+    expect(card.locator("[id^=example-]")).to_have_count(before)
 
-    # Classify a drop, watch it, look why, correct one
+
+def classify_drop(page: Page, photos: list[str]) -> str:
+    """Watch them get their answers; returns the address of the batch."""
     with page.expect_file_chooser() as chooser:
         page.locator("#classify-drop label.pick").click()
-    chooser.value.set_files(photos_of(clothing / names[0], 4, skip=6) + photos_of(clothing / names[1], 4, skip=6))
-    expect(page.locator("#results .photo:not(.is-waiting)")).to_have_count(8, timeout=60_000)
+    chooser.value.set_files(photos)
+    expect(page.locator("#results .photo:not(.is-waiting)")).to_have_count(len(photos), timeout=60_000)
     page.wait_for_url(re.compile(r"/label-sets/[0-9a-f-]+/[a-z/]*[0-9a-f-]+/"))
-    batch_url = page.url
+    return page.url
+
+
+def correct_first_photo(page: Page) -> None:
+    """Look why it was answered so, then press the second label's key."""
     page.locator("#results .photo").first.click()
     expect(page.locator("#evidence .subject")).to_be_visible()
     snap(page, "09-results")
     page.keyboard.press("2")
     expect(page.locator("#results .photo .mark")).to_have_count(1)
-    page.goto(batch_url)
-    expect(page.locator("#results .photo")).to_have_count(8)
-    expect(page.locator("#results .photo .mark")).to_have_count(1)
 
-    # A whole collection, exported
-    page.goto(label_set_url)
+
+def classify_collection(page: Page, count: int) -> None:
+    """From the page of the label set, until the whole collection is sorted."""
+    before = page.url
     page.get_by_role("button", name="choose from a collection").click()
     page.locator("#choose-collection").get_by_role("button", name="Classify").click()
-    page.wait_for_url(lambda url: url != label_set_url and url != batch_url)
+    page.wait_for_url(lambda url: url != before)
     expect(page.locator("#live-chip")).to_contain_text(f"{count} photos", timeout=120_000)
     snap(page, "10-results-collection")
-    links = [a.get_attribute("href") or "" for a in page.locator("a[href*='export']").all()]
-    table = page.request.get(next(link for link in links if "csv" in link))
-    rows = list(csv.DictReader(io.StringIO(table.text())))
-    assert len(rows) == count
-    told = json.loads(page.request.get(next(link for link in links if "json" in link)).text())
-    assert len(json.dumps(told)) > count
 
-    # Home with things on it
-    page.goto("/")
-    snap(page, "11-home")
+
+def exported(page: Page, kind: str) -> str:
+    links = [a.get_attribute("href") or "" for a in page.locator("a[href*='export']").all()]
+    return page.request.get(next(link for link in links if kind in link)).text()
 
 
 def test_from_a_tree_of_folders_to_a_trained_model(page: Page, account: None, grocery: Path) -> None:
