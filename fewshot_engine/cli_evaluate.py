@@ -1,33 +1,28 @@
-"""`evaluate` of the command line, and what it shares with `train`: the options of an episode, photos to embeddings."""
+"""`evaluate` of the command line: one JSON object on standard output, progress on standard error."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fewshot_engine import cli
 from fewshot_engine.config import EpisodeConfig
 from fewshot_engine.datasets import EpisodePlan, LabelledImages, check_episode, from_folder
-from fewshot_engine.encoder import embed_files, load_with_recipe
-from fewshot_engine.errors import ConfigError, DataError
-from fewshot_engine.framing import VIEWS
+from fewshot_engine.errors import ConfigError
 from fewshot_engine.prototypes import Rule
-from fewshot_engine.weights import default_cache_dir
 
 if TYPE_CHECKING:
     from fewshot_engine.evaluation import Protocol, Report
 
 EXPLAINED = """\
 Draws episodes from DIR, a folder of class folders: N classes (--way), K examples of each (--shot), Q photos of each to
-recognise (--query). The answers are those that `classify` would give. Where a class has fewer than K + Q photos, Q
+recognise (--query). The answers are those of `classify` by prototypes. Where a class has fewer than K + Q photos, Q
 shrinks for all; one with fewer than K + 1 is named and left out.
 
   python -m fewshot_engine evaluate photos/ --way 5 --shot 1
@@ -38,7 +33,8 @@ prints one object:
   accuracy, ci95         the mean over the episodes, and half the width of its 95 % interval
   chance, class_means    what guessing gives, and the plain nearest class mean by cosine, on the same episodes
   inductive, changed     in the other modes: accuracy without what the mode adds; in batch, the share of other answers
-  frozen                 for a model of the kind adapt: accuracy of the encoder that it began with
+  frozen, familiarity    for a model of the kind adapt: accuracy of the encoder that it began with; and how much the
+                         photos are of the kind that it was adapted to, 0 to 1: by that its own part has a say
   calibration_error      how far confidences are from hit rates; 0.02 is good
   stranger_auroc         how well photos of N classes without examples are told from the others; 0.5 is guessing
   intra_class, inter_class, ratio   cosine distances within and between classes; the smaller the ratio, the better
@@ -49,32 +45,20 @@ near each example); batch also at the other photos that are to be recognised. Re
 --imbalance 2 the classes have Dirichlet shares of N x Q photos, as in Veilleux et al. 2021, and figures are lower and
 more honest.
 """
-ENCODERS_EXPLAINED = """\
-Encoders: accurate (several backbones side by side, the default), fast (one of them), the name of a backbone, or a
-folder that `train` wrote.
-"""
 
 
-def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parsers(commands: cli.Commands) -> None:
     """Add the command to the engine's parser."""
-    evaluate = subparsers.add_parser(
+    evaluate = cli.add_command(
+        commands,
         "evaluate",
-        help="N-way K-shot accuracy of an encoder, with its 95 %% interval",
-        description=EXPLAINED,
-        epilog=ENCODERS_EXPLAINED,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _evaluate,
+        title="N-way K-shot accuracy of an encoder, with its 95 %% interval",
+        explained=EXPLAINED,
     )
     evaluate.add_argument("folder", type=Path, metavar="DIR", help="a folder of class folders, nested or not")
-    add_episode(evaluate, shot=1)
+    cli.add_episode(evaluate, shot=1)
     evaluate.add_argument("--episodes", type=int, default=600, help="how many; an interval to quote takes 600 (600)")
-    evaluate.add_argument("--encoder", default="accurate", metavar="accurate|fast|NAME|CKPT", help="see below")
-    evaluate.add_argument(
-        "--views",
-        type=lambda text: tuple(text.split(",")),
-        default=("whole",),
-        metavar="VIEW,…",
-        help=f"what of each photo is looked at and averaged: {', '.join(VIEWS)} (whole)",
-    )
     evaluate.add_argument(
         "--mode", choices=("inductive", "pool", "batch"), default="inductive", help="what else is looked at (inductive)"
     )
@@ -92,37 +76,10 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     evaluate.add_argument(
         "--advise", action="store_true", help="also say which classifier suits DIR as a label set, and why"
     )
-    add_common(evaluate)
-    evaluate.set_defaults(run=_evaluate)
-
-
-def add_episode(parser: argparse.ArgumentParser, *, shot: int) -> None:
-    parser.add_argument("--way", type=int, default=5, metavar="N", help="classes an episode (5)")
-    parser.add_argument("--shot", type=int, default=shot, metavar="K", help=f"support examples a class ({shot})")
-    parser.add_argument("--query", type=int, default=15, metavar="Q", help="query images a class (15)")
-
-
-def add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--level", default="leaf", help="which folders are the classes: leaf, top or 1, 2… (leaf)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where exported encoders are kept")
-    parser.add_argument("--device", help="cpu or cuda; a GPU is taken where there is one")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU")
-    parser.add_argument("--json", action="store_true", help="accepted everywhere; the output is JSON in any case")
-
-
-@dataclass(frozen=True, eq=False)
-class Embedded:
-    """The photos of a folder that could be read, with their embeddings; and why the others could not.
-
-    `rule` is by which labels answer on them; `frozen` are the embeddings before the map of an *adapt* model, if any.
-    """
-
-    images: LabelledImages
-    embeddings: NDArray[np.float32]
-    refused: tuple[dict[str, str], ...]
-    rule: Rule
-    frozen: NDArray[np.float32] | None = None
+    evaluate.add_argument("--threads", type=int, help="of torch on the CPU")
+    cli.add_level(evaluate)
+    cli.add_seed(evaluate)
+    cli.add_encoder(evaluate)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -130,30 +87,36 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.grid and (options.mode != "inductive" or options.imbalance is not None):
         raise ConfigError("--grid is inductive and balanced: take --mode and --imbalance away, or the grid")
     found = from_folder(options.folder, options.level)
-    _protocol(
-        check_episode(found.counts(), episode), Rule(), options
-    )  # mistakes come before the minutes that embedding takes
-    embedded = embed_images(found, options.encoder, options, views=options.views)
-    images, embeddings = embedded.images, embedded.embeddings
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    # Mistakes come before the minutes that embedding takes.
+    _protocol(check_episode(found.counts(), episode), Rule(), options)
+    encoder, recipe = cli.load_encoder(options.encoder, options, views=options.views)
+    photos = cli.embed_images(found, encoder)
+    images = photos.images
+    familiarity, (embeddings,) = cli.as_adapted(recipe, photos.embeddings)
     plan = check_episode(images.counts(), episode)
     for note in plan.notes:
-        say(note)
-    protocol = _protocol(plan, embedded.rule, options)
+        cli.say(note)
+    protocol = _protocol(plan, encoder.rule, options)
     result = {
         **_report(embeddings, images, protocol).to_dict(images.classes),
         "encoder": options.encoder,
         "views": list(options.views),
         "left_out": [list(pair) for pair in plan.left_out],
         "notes": plan.notes,
-        "refused": embedded.refused,
+        "refused": photos.refused,
     }
-    if embedded.frozen is not None:
-        result["frozen"] = _report(embedded.frozen, images, protocol).score.accuracy
+    if familiarity is not None:
+        result["frozen"] = _report(photos.embeddings, images, protocol).score.accuracy
+        result["familiarity"] = round(familiarity, 4)
     if options.grid:
-        result["grid"] = _grid_of(embeddings, images, embedded.rule, options)
+        result["grid"] = _grid_of(embeddings, images, encoder.rule, options)
     if options.advise:
-        result["advice"] = _advice(embeddings, images, embedded.rule)
-    print_json(result)
+        result["advice"] = _advice(embeddings, images, encoder.rule)
+    cli.print_json(result)
 
 
 def _protocol(plan: EpisodePlan, rule: Rule, options: argparse.Namespace) -> Protocol:
@@ -207,7 +170,7 @@ def _grid_of(
                 rule=rule,
             )
             cells.append({**asdict(score), "chance": plan.chance})
-            say(f"{way}-way {shot}-shot: {score.accuracy:.1%} ± {score.ci95:.1%}")
+            cli.say(f"{way}-way {shot}-shot: {score.accuracy:.1%} ± {score.ci95:.1%}")
     return cells
 
 
@@ -228,42 +191,3 @@ def _advice(embeddings: NDArray[np.float32], images: LabelledImages, usual: Rule
         "batch": batch.method,
         "reasons": [head.reason, rule.reason, batch.reason],
     }
-
-
-def embed_images(
-    images: LabelledImages, encoder_name: str, options: argparse.Namespace, *, views: tuple[str, ...] = ("whole",)
-) -> Embedded:
-    """With a built-in encoder, a trained backbone, or a recipe over the embeddings of one."""
-    # One thread for each forward pass, and a worker for each core: see `embed_files`.
-    encoder, recipe = load_with_recipe(
-        encoder_name, cache_dir=options.cache_dir, threads=1, device=options.device, views=views
-    )
-    rows, kept, refused = [], [], []
-    for done in embed_files(map(Path, images.paths), encoder, workers=os.cpu_count() or 1):
-        if done.embedding is None:
-            refused.append({"path": str(done.path), "reason": done.refused or ""})
-        else:
-            rows.append(done.embedding)
-            kept.append(done.index)
-        if (done.index + 1) % 200 == 0:
-            say(f"{done.index + 1} of {len(images.paths)} photos embedded")
-    if not rows:
-        raise DataError(f"none of {len(images.paths)} files can be read as a photo; the first: {refused[0]['reason']}")
-    embeddings, readable = np.stack(rows), keep_rows(images, np.array(kept))
-    if recipe is None:
-        return Embedded(readable, embeddings, tuple(refused), encoder.rule)
-    adapted = recipe.apply(embeddings, familiarity=recipe.familiarity(embeddings))
-    return Embedded(readable, adapted, tuple(refused), encoder.rule, frozen=embeddings)
-
-
-def keep_rows(images: LabelledImages, rows: NDArray[np.int64]) -> LabelledImages:
-    groups = None if images.groups is None else images.groups[rows]
-    return LabelledImages(images.classes, images.labels[rows], tuple(images.paths[row] for row in rows), groups)
-
-
-def print_json(result: dict[str, Any]) -> None:
-    print(json.dumps(result, ensure_ascii=False), flush=True)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -10,16 +10,16 @@ import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from fewshot_engine import cli
 from fewshot_engine.checkpoints import write_atomically
-from fewshot_engine.cli_evaluate import Embedded, embed_images, print_json, say
-from fewshot_engine.datasets import PHOTO_SUFFIXES, LabelledImages, from_folder
+from fewshot_engine.datasets import LabelledImages, from_folder
 from fewshot_engine.errors import ConfigError, DataError
-from fewshot_engine.inference import Predictions, classify, fit, verdict
+from fewshot_engine.inference import Predictions, classify, fit
 from fewshot_engine.projection import Method, project
 from fewshot_engine.prototypes import FloatArray
 from fewshot_engine.text import (
@@ -33,7 +33,6 @@ from fewshot_engine.text import (
     text_prototypes,
     zero_shot,
 )
-from fewshot_engine.weights import default_cache_dir
 
 LEFT_OUT_AT_MOST = 100  # examples, by which the names' weight is chosen; more change nothing
 
@@ -72,93 +71,66 @@ prints {"photos": 120, "method": "tsne", "out": "map.json", "seconds": 3.1, "ref
 """
 
 
-def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parsers(commands: cli.Commands) -> None:
     """Add the two commands to the engine's parser."""
-    by_name = _add(subparsers, "zero-shot", "sort photos by the names of labels, without examples", ZERO_SHOT_HELP)
+    by_name = cli.add_command(
+        commands,
+        "zero-shot",
+        _zero_shot,
+        title="sort photos by the names of labels, without examples",
+        explained=ZERO_SHOT_HELP,
+    )
     by_name.add_argument("folder", type=Path, metavar="DIR", help="photos to sort, in any folders")
     by_name.add_argument(
         "--labels", nargs="+", required=True, metavar="LABEL", help='a name, or "name: description" in everyday words'
     )
     by_name.add_argument("--support", type=Path, metavar="DIR", help="examples, in a folder for each label")
-    by_name.add_argument("--top-k", type=_positive, default=3, metavar="K", help="labels to list for each photo (3)")
+    cli.add_top_k(by_name)
     by_name.add_argument(
         "--mode",
         choices=("inductive", "batch"),
         default="inductive",
         help="batch lets photos that look alike agree: for folders with several photos of most labels",
     )
-    _add_encoder(by_name)
-    by_name.set_defaults(run=_zero_shot)
+    by_name.add_argument(
+        "--encoder", default="fast", metavar="fast|accurate|NAME", help="accurate takes three times as long (fast)"
+    )
+    cli.add_device(by_name)
 
-    plane = _add(subparsers, "project", "a map of embeddings: PCA, UMAP or t-SNE", PROJECT_HELP)
+    plane = cli.add_command(
+        commands, "project", _project, title="a map of embeddings: PCA, UMAP or t-SNE", explained=PROJECT_HELP
+    )
     plane.add_argument("source", type=Path, metavar="DIR|FILE.npz", help="class folders, or what `embed` wrote")
     plane.add_argument("--method", choices=get_args(Method), default="pca", help="pca")
     plane.add_argument("--out", type=Path, required=True, metavar="FILE.json|FILE.csv")
-    plane.add_argument("--seed", type=int, default=0)
-    plane.add_argument("--level", default="leaf", help="which folders are the classes: leaf, top or 1, 2… (leaf)")
-    _add_encoder(plane)
-    plane.set_defaults(run=_project)
-
-
-def _add(
-    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, explained: str
-) -> argparse.ArgumentParser:
-    return subparsers.add_parser(
-        name, help=summary, description=explained, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-
-def _add_encoder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--encoder", default="fast", metavar="fast|accurate|NAME", help="accurate takes three times as long (fast)"
-    )
-    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where what is made once is kept")
-    parser.add_argument("--device", help="cpu or cuda; a GPU is taken where there is one")
-    parser.add_argument("--json", action="store_true", help="accepted everywhere; the output is JSON in any case")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
+    cli.add_seed(plane)
+    cli.add_level(plane)
+    cli.add_encoder(plane, usual="fast")
 
 
 def _zero_shot(options: argparse.Namespace) -> None:
     labels = [TextLabel.parse(text) for text in options.labels]
     if options.support is not None and options.mode == "batch":
         raise ConfigError("--mode batch works from names alone: leave out --support, or use inductive")
-    photos = _photos_under(options.folder)
+    photos = cli.photos_under(options.folder)
     support = None if options.support is None else _support(options.support, labels)
-    say("Reading the names that the encoder knows; the first time takes up to half a minute.")
+    cli.say("Reading the names that the encoder knows; the first time takes up to half a minute.")
     prototypes = text_prototypes(labels, load_concepts(options.cache_dir, options.encoder))
-    embedded = embed_images(photos, options.encoder, options)
+    encoder, _ = cli.load_encoder(options.encoder, options)
+    embedded = cli.embed_images(photos, encoder)
     if support is None:
         answers = zero_shot(embedded.embeddings, prototypes, top_k=len(labels), refine=options.mode == "batch")
     else:
-        answers = _with_examples(embedded.embeddings, prototypes, embed_images(support, options.encoder, options))
-    for row, path in enumerate(embedded.images.paths):
-        print_json({"path": path, **_answer(answers, row, labels, options.top_k)})
-    for refusal in embedded.refused:
-        print_json({**refusal, "label": None, "verdict": "refused"})
+        answers = _with_examples(embedded.embeddings, prototypes, cli.embed_images(support, encoder))
+    cli.print_answers(answers, embedded, [label.name for label in labels], top_k=options.top_k)
     if support is None:
         _say_expectations(prototypes)
     _say_accuracy(embedded.images.paths, options.folder, answers, labels)
 
 
-def _photos_under(folder: Path) -> LabelledImages:
-    """Every photo in any depth, all of one class."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
-    if not paths:
-        raise DataError(f"{folder} holds no photos")
-    return LabelledImages(("",), np.zeros(len(paths), dtype=np.int64), tuple(map(str, paths)))
-
-
 def _support(folder: Path, labels: Sequence[TextLabel]) -> LabelledImages:
     """The examples, with labels in the order of `labels`."""
-    paths = _photos_under(folder).paths
+    paths = cli.photos_under(folder).paths
     own = _labels_by_folder(paths, folder, labels)
     lost = [label.name for row, label in enumerate(labels) if row not in own]
     if lost:
@@ -167,17 +139,15 @@ def _support(folder: Path, labels: Sequence[TextLabel]) -> LabelledImages:
     return LabelledImages(tuple(label.name for label in labels), own[rows], tuple(paths[row] for row in rows))
 
 
-def _with_examples(embeddings: FloatArray, prototypes: TextPrototypes, examples: Embedded) -> TextPredictions:
+def _with_examples(embeddings: FloatArray, prototypes: TextPrototypes, examples: cli.Embedded) -> TextPredictions:
     """Names and examples together, weighted by leave-one-out."""
+    examples.check_examples()
     support, labels, n_way = examples.embeddings, examples.images.labels, prototypes.n_way
-    lost = [name for row, name in enumerate(examples.images.classes) if row not in labels]
-    if lost:
-        raise DataError(f"no example of {', '.join(lost)} can be read: replace its photos")
     model = fit(support, labels, n_way)
     rows, left_out = _left_out(support, labels, n_way)
     text = text_logits(support[rows], prototypes)
     weight = fusion_weight(text, left_out, labels[rows], shots=len(labels) / n_way)
-    say(f"The names count {weight:.2f} times, the {len(labels)} examples once.")
+    cli.say(f"The names count {weight:.2f} times, the {len(labels)} examples once.")
     confidences, distances, stranger = _all_labels(classify(model, embeddings, top_k=n_way))
     fused = fuse_with_shots(text_logits(embeddings, prototypes), np.log(np.maximum(confidences, 1e-12)), weight)
     order = np.argsort(-fused, axis=1, kind="stable")
@@ -212,29 +182,14 @@ def _all_labels(answers: Predictions) -> tuple[FloatArray, FloatArray, npt.NDArr
     return confidences, distances, answers.stranger
 
 
-def _answer(answers: TextPredictions, row: int, labels: Sequence[TextLabel], top_k: int) -> dict[str, Any]:
-    confidence, stranger = float(answers.confidences[row, 0]), float(answers.stranger[row])
-    top = zip(answers.labels[row], answers.confidences[row], answers.distances[row], strict=True)
-    ranked = [
-        {"label": labels[label].name, "confidence": round(float(share), 4), "distance": round(float(distance), 4)}
-        for label, share, distance in top
-    ]
-    return {
-        **ranked[0],
-        "stranger": round(stranger, 4),
-        "top_k": ranked[:top_k],
-        "verdict": verdict(confidence, stranger),
-    }
-
-
 def _say_expectations(prototypes: TextPrototypes) -> None:
     if not prototypes.is_weak:  # where they are, the first doubt says the figures
-        say(
+        cli.say(
             f"By these names about {prototypes.expected_accuracy:.0%} of photos are expected to be right; "
             f"guessing makes {prototypes.chance:.0%}."
         )
     for doubt in prototypes.doubts():
-        say(doubt)
+        cli.say(doubt)
 
 
 def _say_accuracy(paths: Sequence[str], root: Path, answers: TextPredictions, labels: Sequence[TextLabel]) -> None:
@@ -243,7 +198,7 @@ def _say_accuracy(paths: Sequence[str], root: Path, answers: TextPredictions, la
     known = truth >= 0
     if known.any():
         accuracy = float((answers.labels[known, 0] == truth[known]).mean())
-        say(
+        cli.say(
             f"Accuracy {accuracy:.1%} on {int(known.sum())} photos in folders called as the labels are; "
             f"chance {1 / len(labels):.1%}."
         )
@@ -270,7 +225,7 @@ def _project(options: argparse.Namespace) -> None:
         raise ConfigError(f"--out is {options.out.name}: a map is written as .json or .csv")
     images, embeddings, refused = _embedded(options)
     if options.method == "umap":
-        say("UMAP compiles itself first, for about 40 s.")
+        cli.say("UMAP compiles itself first, for about 40 s.")
     started = time.monotonic()
     points = project(embeddings, options.method, seed=options.seed)
     seconds = round(time.monotonic() - started, 1)
@@ -287,7 +242,7 @@ def _project(options: argparse.Namespace) -> None:
         writer.writerows(rows)
         content = table.getvalue()
     write_atomically(options.out, content.encode())
-    print_json(
+    cli.print_json(
         {
             "photos": len(rows),
             "method": options.method,
@@ -301,8 +256,11 @@ def _project(options: argparse.Namespace) -> None:
 def _embedded(options: argparse.Namespace) -> tuple[LabelledImages, FloatArray, Sequence[dict[str, str]]]:
     """Of a folder, or as `embed` wrote them."""
     if options.source.suffix.lower() != ".npz":
-        embedded = embed_images(from_folder(options.source, options.level), options.encoder, options)
-        return embedded.images, embedded.embeddings, embedded.refused
+        found = from_folder(options.source, options.level)
+        encoder, recipe = cli.load_encoder(options.encoder, options, views=options.views)
+        embedded = cli.embed_images(found, encoder)
+        _, (embeddings,) = cli.as_adapted(recipe, embedded.embeddings)
+        return embedded.images, embeddings, embedded.refused
     try:
         with np.load(options.source, allow_pickle=False) as arrays:
             classes, paths = tuple(map(str, arrays["classes"])), tuple(map(str, arrays["paths"]))

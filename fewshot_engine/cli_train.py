@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fewshot_engine.cli_evaluate import add_common, add_episode, embed_images, keep_rows, print_json, say
+from fewshot_engine import cli
 from fewshot_engine.config import (
     DEFAULT_ENCODER,
     TRAINABLE_BACKBONES,
@@ -29,7 +29,7 @@ from fewshot_engine.pixel_cache import build_pixel_cache, read_pixel_cache
 from fewshot_engine.recipes import CARD, WEIGHTS
 
 if TYPE_CHECKING:
-    from fewshot_engine.training import Report
+    from fewshot_engine.reports import Report
 
 DESCRIPTION = """\
 Meta-train a prototypical network on a folder of class folders.
@@ -63,14 +63,15 @@ the JSON on standard output:
 """
 
 
-def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parsers(commands: cli.Commands) -> None:
     """Add the command to the engine's parser."""
-    train = subparsers.add_parser(
+    train = cli.add_command(
+        commands,
         "train",
-        help="meta-train on a folder of class folders; classes are held out",
-        description=DESCRIPTION,
+        _train,
+        title="meta-train on a folder of class folders; classes are held out",
+        explained=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders of class folders, nested or not")
     train.add_argument("--val", type=Path, nargs="+", default=[], metavar="DIR", help="validation classes, not a share")
@@ -80,13 +81,15 @@ def add_parsers(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     train.add_argument("--out", type=Path, required=True, metavar="CKPT", help="a folder; give it to --encoder later")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in CKPT")
     train.add_argument("--init-from", type=Path, metavar="CKPT", help="full: start with a finished model's weights")
-    add_episode(train, shot=5)
+    cli.add_episode(train, shot=5)
     _add_course(train)
     _add_classes(train)
     _add_optimiser(train)
     _add_pixels(train)
-    add_common(train)
-    train.set_defaults(run=_train)
+    train.add_argument("--threads", type=int, help="of torch on the CPU")
+    cli.add_level(train)
+    cli.add_seed(train)
+    cli.add_device(train)
 
 
 def _add_course(train: argparse.ArgumentParser) -> None:
@@ -227,14 +230,15 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from fewshot_engine.training import Finished, meta_train  # torch: not for `--help`
+    from fewshot_engine.reports import Finished
+    from fewshot_engine.training import meta_train  # torch: not for `--help`
 
     config = _config(options)
     images = from_folders([*options.folders, *options.val, *options.test], options.level)
     if options.near_copies:
         alone = sum(images.counts().values())
         images = group_near_copies(images, decode_workers=os.cpu_count() or 1)
-        say(f"{alone - sum(images.counts().values())} near copies stay beside the photo that they copy")
+        cli.say(f"{alone - sum(images.counts().values())} near copies stay beside the photo that they copy")
     split = _given_split(images, options, config.episode) if options.val else None
     data, refused = _train_data(config, images, split, options)
     checkpoint = options.out / "run.safetensors"
@@ -252,7 +256,7 @@ def _train(options: argparse.Namespace) -> None:
         if isinstance(report, Finished):
             _keep(report.model, options.out)
             held_out = "base" if report.baseline.optimistic else "validation"
-            print_json(
+            cli.print_json(
                 {
                     **asdict(report.final),
                     "chance": 1 / report.final.way,
@@ -272,7 +276,10 @@ def _train_data(
     config: TrainConfig, images: LabelledImages, split: ClassSplit | None, options: argparse.Namespace
 ) -> tuple[TrainData, Sequence[dict[str, str]]]:
     if config.kind == "adapt":
-        embedded = embed_images(images, config.backbone, options)
+        encoder, recipe = cli.load_encoder(config.backbone, options)
+        if recipe is not None:
+            raise ConfigError(f"{config.backbone} is adapted already: adapt the encoder that it began with")
+        embedded = cli.embed_images(images, encoder)
         kept = embedded.images
         data = TrainData(kept.classes, kept.labels, kept.groups, embeddings=embedded.embeddings, split=split)
         return data, embedded.refused
@@ -280,10 +287,10 @@ def _train_data(
     cache = options.out / "pixels.npy"
     workers = os.cpu_count() or 1
     for done in build_pixel_cache(images.paths, config.image_size, cache, decode_workers=workers):
-        say(f"{done} of {len(images.paths)} photos decoded")
+        cli.say(f"{done} of {len(images.paths)} photos decoded")
     pixels = read_pixel_cache(cache, images.paths, config.image_size)
     rows = np.flatnonzero(pixels.readable)
-    kept = keep_rows(images, rows)
+    kept = cli.keep_rows(images, rows)
     source = pixels.pixels if pixels.readable.all() else lambda indices: pixels.pixels[rows[indices]]
     refused = [{"path": path, "reason": reason} for path, reason in pixels.refused]
     return TrainData(kept.classes, kept.labels, kept.groups, pixels=source, split=split), refused
@@ -315,25 +322,25 @@ def _keep(model: Path, out: Path) -> None:
 
 
 def _say_progress(report: Report) -> None:
-    from fewshot_engine.training import Evaluated, Pretrained, Started, Step
+    from fewshot_engine.reports import Evaluated, Pretrained, Started, Step
 
     if isinstance(report, Started):
         parts = (report.base_classes, report.validation_classes, report.test_classes)
         base, held, test = map(len, parts)
-        say(f"{base} base, {held} validation and {test} test classes; chance {report.chance:.1%}")
-        say(f"untrained: {report.baseline.accuracy:.1%} ± {report.baseline.ci95:.1%}")
+        cli.say(f"{base} base, {held} validation and {test} test classes; chance {report.chance:.1%}")
+        cli.say(f"untrained: {report.baseline.accuracy:.1%} ± {report.baseline.ci95:.1%}")
         for note in report.notes:
-            say(note)
+            cli.say(note)
     elif isinstance(report, Pretrained):
-        say(
+        cli.say(
             f"base classes, epoch {report.epoch} of {report.epochs}: loss {report.loss:.3f}, accuracy "
             f"{report.accuracy:.1%}, {report.photos_per_s:.0f} photos/s, {report.seconds_left:.0f} s left"
         )
     elif isinstance(report, Step):
-        say(
+        cli.say(
             f"epoch {report.epoch}, episode {report.episode}: loss {report.loss:.3f}, accuracy {report.accuracy:.1%}, "
             f"{report.episodes_per_s:.1f} episodes/s, {report.seconds_left:.0f} s left"
         )
     elif isinstance(report, Evaluated):
         best = ", the best so far" if report.best else ""
-        say(f"validation: {report.score.accuracy:.1%} ± {report.score.ci95:.1%}{best}")
+        cli.say(f"validation: {report.score.accuracy:.1%} ± {report.score.ci95:.1%}{best}")

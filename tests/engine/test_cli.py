@@ -1,38 +1,17 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from fewshot_engine import __main__ as cli
-from fewshot_engine.encoder import Encoder
-from fewshot_engine.errors import ConfigError
-from fewshot_engine.framing import Square
 from fewshot_engine.recipes import Recipe
 
 
-@pytest.fixture(autouse=True)
-def mean_colour_encoder(monkeypatch):
-    """Pictures differ in colour alone here, so an encoder that sees nothing else will do."""
-    encoder = Encoder("mean", dim=3, squares=[Square(8)], forward=lambda p: p.mean(axis=(1, 2), dtype=np.float32) + 1)
-    monkeypatch.setattr(cli, "load_with_recipe", lambda *args, **kwargs: (encoder, None))
-
-
-@pytest.fixture
-def folder(tmp_path):
-    shades = np.random.default_rng(0).integers(150, 256, 8)
-    for name, channel in (("red", 0), ("green", 1), ("blue", 2)):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for number in range(4):
-            colour = [number * 9, number * 5, 12]
-            colour[channel] = int(shades[number])
-            Image.new("RGB", (12, 10), tuple(colour)).save(tmp_path / "photos" / name / f"{number}.png")
-    return tmp_path / "photos"
-
-
-def test_embed_writes_arrays_that_belong_together(folder, tmp_path, capsys):
-    (folder / "red" / "9.jpg").write_text("just words")
-    assert cli.main(["embed", str(folder), "--out", str(tmp_path / "out.npz")]) == 0
+def test_embed_writes_arrays_that_belong_together(colours, mean_colour_encoder, tmp_path, capsys):
+    (colours / "red" / "9.jpg").write_text("just words")
+    assert cli.main(["embed", str(colours), "--out", str(tmp_path / "out.npz")]) == 0
     said = json.loads(capsys.readouterr().out)
     with np.load(tmp_path / "out.npz") as arrays:
         assert arrays["embeddings"].shape == (12, 3)
@@ -44,9 +23,20 @@ def test_embed_writes_arrays_that_belong_together(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("mode", ["inductive", "pool", "batch"])
-def test_classify_says_a_line_for_each_photo(folder, capsys, mode):
-    (folder / "red" / "9.jpg").write_text("just words")
-    arguments = ["classify", "--support", str(folder), "--query", str(folder), "--top-k", "2", "--mode", mode, "--json"]
+def test_classify_says_a_line_for_each_photo(colours, mean_colour_encoder, capsys, mode):
+    (colours / "red" / "9.jpg").write_text("just words")
+    arguments = [
+        "classify",
+        "--support",
+        str(colours),
+        "--query",
+        str(colours),
+        "--top-k",
+        "2",
+        "--mode",
+        mode,
+        "--json",
+    ]
     assert cli.main(arguments) == 0
     captured = capsys.readouterr()
     lines = [json.loads(line) for line in captured.out.splitlines()]
@@ -60,15 +50,15 @@ def test_classify_says_a_line_for_each_photo(folder, capsys, mode):
     assert "13 of 13 photos" in captured.err
 
 
-def test_an_adapted_model_is_told_once_how_familiar_the_examples_are(folder, monkeypatch, capsys):
+def test_an_adapted_model_is_told_once_how_familiar_the_examples_are(colours, use_encoder, mean_colour, capsys):
     eye = np.eye(3, dtype=np.float32)
     recipe = Recipe(np.zeros(3, np.float32), eye[:, :1], eye[:1, :1], eye, share=0.5, familiar_from=0.1, card={})
-    encoder, _ = cli.load_with_recipe()
-    monkeypatch.setattr(cli, "load_with_recipe", lambda *args, **kwargs: (encoder, recipe))
-    (folder / "red" / "9.jpg").write_text("just words")
-    assert cli.main(["classify", "--support", str(folder), "--query", str(folder)]) == 0
+    use_encoder(mean_colour, recipe)
+    (colours / "red" / "9.jpg").write_text("just words")
+    assert cli.main(["classify", "--support", str(colours), "--query", str(colours)]) == 0
     captured = capsys.readouterr()
-    assert captured.err.count("100% familiar") == 1
+    assert captured.err.count("100% familiar: the photos are near what the model was adapted to") == 1
+    assert "has 50% of the say in answers, the encoder that it began with 50%" in captured.err
     answers = [json.loads(line) for line in captured.out.splitlines()]
     assert all(answer["label"] in (None, answer["path"].split("/")[-2]) for answer in answers)
 
@@ -88,35 +78,28 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
     assert "Traceback" not in captured.err
 
 
-def test_a_label_whose_photos_are_all_unreadable_is_named(folder, capsys):
-    (folder / "grey").mkdir()
-    (folder / "grey" / "a.jpg").write_text("no photo")
-    assert cli.main(["classify", "--support", str(folder), "--query", str(folder)]) == 2
+def test_a_label_whose_photos_are_all_unreadable_is_named(colours, mean_colour_encoder, capsys):
+    (colours / "grey").mkdir()
+    (colours / "grey" / "a.jpg").write_text("no photo")
+    assert cli.main(["classify", "--support", str(colours), "--query", str(colours)]) == 2
     assert "grey" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("what", "figure"), [("embed", "ratio"), ("classify", "one_photo_ms"), ("train", "episodes_per_s")]
 )
-def test_bench_prints_a_figure(what, figure, capsys):
+def test_bench_prints_a_figure(mean_colour_encoder, what, figure, capsys):
     assert cli.main(["bench", "--what", what, "--photos", "30"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["what"] == what
     assert said[figure] > 0
 
 
-def test_the_encoder_and_its_views_are_asked_for_by_name(folder, tmp_path, monkeypatch):
-    asked = {}
-
-    def load(name, **options):
-        asked.update(options, name=name)
-        raise ConfigError("seen enough")
-
-    monkeypatch.setattr(cli, "load_with_recipe", load)
-    assert cli.main(["embed", str(folder), "--out", str(tmp_path / "x.npz")]) == 2
-    assert (asked["name"], asked["views"]) == ("accurate", ("whole",))
-    cli.main(["embed", str(folder), "--out", str(tmp_path / "x.npz"), "--encoder", "fast", "--views", "whole,crop:0.6"])
-    assert (asked["name"], asked["views"]) == ("fast", ("whole", "crop:0.6"))
+def test_the_encoder_and_its_views_are_asked_for_by_name(colours, mean_colour_encoder, tmp_path):
+    embed = ["embed", str(colours), "--out", str(tmp_path / "x.npz")]
+    cli.main(embed)
+    cli.main([*embed, "--encoder", "fast", "--views", "whole,crop:0.6"])
+    assert mean_colour_encoder == [("accurate", ("whole",)), ("fast", ("whole", "crop:0.6"))]
 
 
 def test_weights_are_listed_and_taken_from_a_file(tmp_path, monkeypatch, capsys):
@@ -155,3 +138,8 @@ def test_help_teaches_by_an_example(command, capsys):
     said = capsys.readouterr().out
     assert f"python -m fewshot_engine {command}" in said.split("\n\n", 1)[1]
     assert command == "bench" or "prints" in said
+
+
+def test_the_parser_of_all_commands_is_there_without_torch():
+    code = "import sys; from fewshot_engine.__main__ import _parser; _parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

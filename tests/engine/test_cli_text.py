@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from fewshot_engine import cli_evaluate, cli_text
-from fewshot_engine.encoder import Encoder, Square
+from fewshot_engine import cli_text
 from fewshot_engine.errors import ConfigError, DataError
 
 
@@ -16,25 +15,6 @@ def run(*arguments):
     cli_text.add_parsers(parser.add_subparsers())
     options = parser.parse_args(list(map(str, arguments)))
     options.run(options)
-
-
-@pytest.fixture
-def mean_colour_encoder(monkeypatch):
-    """Pictures differ in colour alone here, so an encoder that sees nothing else will do."""
-    encoder = Encoder("mean", dim=3, squares=[Square(8)], forward=lambda p: p.mean(axis=(1, 2), dtype=np.float32) + 1)
-    monkeypatch.setattr(cli_evaluate, "load_with_recipe", lambda *args, **kwargs: (encoder, None))
-
-
-@pytest.fixture
-def colours(tmp_path):
-    shades = np.random.default_rng(0).integers(150, 256, 8)
-    for name, channel in (("red", 0), ("green", 1), ("blue", 2)):
-        (tmp_path / "colours" / name).mkdir(parents=True)
-        for number in range(4):
-            colour = [number * 9, number * 5, 12]
-            colour[channel] = int(shades[number])
-            Image.new("RGB", (12, 10), tuple(colour)).save(tmp_path / "colours" / name / f"{number}.png")
-    return tmp_path / "colours"
 
 
 def draw_web(draw, spin):
@@ -70,8 +50,8 @@ def things(tmp_path):
 def test_drawings_are_sorted_by_the_names_of_labels_alone(things, exported, tmp_path, capsys):
     """With the real encoder, its classifier and the real sentence model."""
     (things / "cobweb" / "9.jpg").write_text("just words")
-    labels = ["cobweb: made by a spider", "wall clock", "teapot"]
-    run("zero-shot", things, "--labels", *labels, "--top-k", 2, "--cache-dir", exported, "--device", "cpu", "--json")
+    labels, machine = ["cobweb: made by a spider", "wall clock", "teapot"], ["--cache-dir", exported, "--device", "cpu"]
+    run("zero-shot", things, "--labels", *labels, "--top-k", 2, *machine, "--json")
     captured = capsys.readouterr()
     lines = [json.loads(line) for line in captured.out.splitlines()]
     answers = [line for line in lines if line["verdict"] != "refused"]
@@ -84,7 +64,8 @@ def test_drawings_are_sorted_by_the_names_of_labels_alone(things, exported, tmp_
     assert "Accuracy 100.0% on 6 photos" in captured.err
     assert "chance 33.3%" in captured.err
 
-    run("zero-shot", things, "--support", things, "--labels", *labels[:2], "--cache-dir", exported, "--device", "cpu")
+    by_both = ["zero-shot", things, "--support", things, "--labels", *labels[:2], *machine]
+    run(*by_both)
     captured = capsys.readouterr()
     assert "the 6 examples" in captured.err
     assert "Accuracy 100.0% on 6 photos" in captured.err
@@ -92,18 +73,7 @@ def test_drawings_are_sorted_by_the_names_of_labels_alone(things, exported, tmp_
     for photo in (things / "cobweb").rglob("*.png"):
         photo.write_text("just words")
     with pytest.raises(DataError, match="no example of cobweb can be read"):
-        run(
-            "zero-shot",
-            things,
-            "--support",
-            things,
-            "--labels",
-            *labels[:2],
-            "--cache-dir",
-            exported,
-            "--device",
-            "cpu",
-        )
+        run(*by_both)
 
 
 @pytest.mark.parametrize(
