@@ -29,7 +29,7 @@ from fewshot_engine.pixel_cache import build_pixel_cache, read_pixel_cache
 from fewshot_engine.recipes import CARD, WEIGHTS
 
 if TYPE_CHECKING:
-    from fewshot_engine.training import Report
+    from fewshot_engine.reports import Report
 
 DESCRIPTION = """\
 Meta-train a prototypical network on a folder of class folders.
@@ -230,7 +230,8 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from fewshot_engine.training import Finished, meta_train  # torch: not for `--help`
+    from fewshot_engine.reports import Finished
+    from fewshot_engine.training import meta_train  # torch: not for `--help`
 
     config = _config(options)
     images = from_folders([*options.folders, *options.val, *options.test], options.level)
@@ -321,7 +322,7 @@ def _keep(model: Path, out: Path) -> None:
 
 
 def _say_progress(report: Report) -> None:
-    from fewshot_engine.training import Evaluated, Pretrained, Started, Step
+    from fewshot_engine.reports import Evaluated, Pretrained, Started, Step
 
     if isinstance(report, Started):
         parts = (report.base_classes, report.validation_classes, report.test_classes)

@@ -89,7 +89,8 @@ def measure_training(dim: int, *, episodes: int = 400) -> dict[str, Any]:
     """*Adapt* on made-up embeddings of 60 classes of 20 photos, 5-way 5-shot 15-query: episodes a second."""
     from fewshot_engine.config import TrainConfig
     from fewshot_engine.datasets import TrainData
-    from fewshot_engine.training import Step, meta_train
+    from fewshot_engine.reports import Step
+    from fewshot_engine.training import meta_train
 
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(60), 20)

@@ -18,16 +18,8 @@ from fewshot_engine.config import TrainConfig
 from fewshot_engine.datasets import TrainData
 from fewshot_engine.errors import DataError
 from fewshot_engine.pixel_cache import build_pixel_cache, read_pixel_cache
-from fewshot_engine.training import (
-    Evaluated,
-    Finished,
-    Pretrained,
-    Report,
-    Saved,
-    Started,
-    Step,
-    meta_train,
-)
+from fewshot_engine.reports import Evaluated, Finished, Pretrained, Report, Saved, Started, Step
+from fewshot_engine.training import meta_train
 from webapp.jobs.models import Job
 from webapp.jobs.services import finish, hand_back, report
 from webapp.library.models import Blob, Photo

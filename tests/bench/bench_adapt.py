@@ -26,8 +26,9 @@ from fewshot_engine.encoder import embed_files, load_encoder
 from fewshot_engine.episodes import Episodes, EpisodeSampler
 from fewshot_engine.prototypes import l2_normalise
 from fewshot_engine.recipes import Recipe, load_recipe
+from fewshot_engine.reports import Finished, Step
 from fewshot_engine.ridge import episode_cosines
-from fewshot_engine.training import Finished, Step, meta_train
+from fewshot_engine.training import meta_train
 from fewshot_engine.weights import default_cache_dir
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"

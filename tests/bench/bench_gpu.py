@@ -32,7 +32,8 @@ from fewshot_engine.networks import Network
 from fewshot_engine.optimisers import Optimiser
 from fewshot_engine.pixel_cache import build_pixel_cache, read_pixel_cache
 from fewshot_engine.recipes import load_model
-from fewshot_engine.training import Evaluated, Finished, Saved, Started, Step, meta_train
+from fewshot_engine.reports import Evaluated, Finished, Saved, Started, Step
+from fewshot_engine.training import meta_train
 
 EPISODE = EpisodeConfig(way=5, shot=5, query=15)
 GB = 10**9

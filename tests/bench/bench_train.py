@@ -27,7 +27,8 @@ from fewshot_engine.backbones import get_backbone
 from fewshot_engine.config import EpisodeConfig, TrainConfig
 from fewshot_engine.datasets import LabelledImages, TrainData, from_folder
 from fewshot_engine.pixel_cache import build_pixel_cache, read_pixel_cache
-from fewshot_engine.training import Evaluated, Finished, Step, meta_train
+from fewshot_engine.reports import Evaluated, Finished, Step
+from fewshot_engine.training import meta_train
 
 SIDE = 28  # pixels, of the drawings
 WARM_UP = 5  # episodes of the peer that do not count

@@ -25,7 +25,8 @@ from fewshot_engine.episodes import EpisodeSampler
 from fewshot_engine.errors import ConfigError, DataError
 from fewshot_engine.evaluation import evaluate
 from fewshot_engine.recipes import Recipe, load_recipe
-from fewshot_engine.training import Finished, meta_train
+from fewshot_engine.reports import Finished
+from fewshot_engine.training import meta_train
 
 CONFIG = TrainConfig(kind="adapt", episode=EpisodeConfig(3, 2, 4), epochs=1, episodes_per_epoch=20, eval_episodes=60)
 

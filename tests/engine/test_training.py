@@ -13,15 +13,9 @@ from fewshot_engine.exams import EVALUATION_SEED, labels_of
 from fewshot_engine.losses import prototypical_loss
 from fewshot_engine.networks import Network
 from fewshot_engine.recipes import apply_recipe, load_model
-from fewshot_engine.training import (
-    Evaluated,
-    Finished,
-    Pretrained,
-    Saved,
-    Started,
-    Step,
-    meta_train,
-)
+from fewshot_engine.reports import Evaluated, Finished, Pretrained, Saved, Started, Step
+from fewshot_engine.training import meta_train
+from fewshot_engine.training_run import Run
 
 EPISODE = EpisodeConfig(way=3, shot=2, query=4)
 ADAPT = TrainConfig(
@@ -175,7 +169,7 @@ def test_groups_over_two_classes_do_not_tear(tmp_path):
     data = nuisance_embeddings()
     groups = np.arange(len(data.labels))
     groups[:6] = groups[-1]  # six photos of the first class are near copies of one of the last
-    run = training._Run(ADAPT, TrainData(data.classes, data.labels, groups, data.embeddings), torch.device("cpu"))
+    run = Run(ADAPT, TrainData(data.classes, data.labels, groups, data.embeddings), torch.device("cpu"))
     kept = [labels_of(run.data, part) for part in (run.split.base, run.split.validation)]
     assert all(labels[-1] == -1 for labels in kept)
     base, validation = (set(groups[labels >= 0]) for labels in kept)
@@ -463,7 +457,7 @@ def test_an_average_of_the_weights_is_what_is_evaluated_and_kept(tmp_path):
 
 
 def shapes_drawn(config, data):
-    run = training._Run(config, data, torch.device("cpu"))
+    run = Run(config, data, torch.device("cpu"))
     shapes = []
     sample = run.sampler.sample
 
@@ -498,7 +492,7 @@ def test_ways_and_shots_vary_within_their_ranges():
 def test_rotations_are_classes_of_base_alone(tmp_path):
     config = TrainConfig(**{**FULL.__dict__, "rotations_as_classes": True})
     data = bars()
-    run = training._Run(config, data, torch.device("cpu"))
+    run = Run(config, data, torch.device("cpu"))
     base, n = set(run.split.base), len(data.classes)
     assert {int(name) % n for name in run.sampler.classes} == base
     assert len(run.sampler.classes) == 4 * len(base)
@@ -516,7 +510,7 @@ def test_large_classes_come_more_often_where_size_counts():
     values = {**ADAPT.__dict__, "episode": EpisodeConfig(2, 1, 2)}
     shares = []
     for weights in ("balanced", "size"):
-        run = training._Run(TrainConfig(**{**values, "class_weights": weights}), few, torch.device("cpu"))
+        run = Run(TrainConfig(**{**values, "class_weights": weights}), few, torch.device("cpu"))
         shares.append(float((run.sampler.sample(2000).classes == 0).any(dim=1).float().mean()))
     assert shares[0] == pytest.approx(0.5, abs=0.05)
     assert shares[1] > 0.75
