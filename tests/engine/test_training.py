@@ -5,17 +5,15 @@ import pytest
 import torch
 
 from fewshot_engine import checkpoints, training
-from fewshot_engine.config import Augmentation, Curriculum, EpisodeConfig, Stage, TrainConfig, Variation
+from fewshot_engine.config import Augmentation, Curriculum, EpisodeConfig, Stage, TrainConfig
 from fewshot_engine.datasets import ClassSplit, TrainData
 from fewshot_engine.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from fewshot_engine.evaluation import evaluate
-from fewshot_engine.exams import EVALUATION_SEED, labels_of
-from fewshot_engine.losses import prototypical_loss
+from fewshot_engine.exams import EVALUATION_SEED
 from fewshot_engine.networks import Network
 from fewshot_engine.recipes import apply_recipe, load_model
 from fewshot_engine.reports import Evaluated, Finished, Pretrained, Saved, Started, Step
 from fewshot_engine.training import meta_train
-from fewshot_engine.training_run import Run
 
 EPISODE = EpisodeConfig(way=3, shot=2, query=4)
 ADAPT = TrainConfig(
@@ -165,17 +163,6 @@ def test_validation_classes_are_never_learned_from(tmp_path):
         assert np.array_equal(one[name], other[name])
 
 
-def test_groups_over_two_classes_do_not_tear(tmp_path):
-    data = nuisance_embeddings()
-    groups = np.arange(len(data.labels))
-    groups[:6] = groups[-1]  # six photos of the first class are near copies of one of the last
-    run = Run(ADAPT, TrainData(data.classes, data.labels, groups, data.embeddings), torch.device("cpu"))
-    kept = [labels_of(run.data, part) for part in (run.split.base, run.split.validation)]
-    assert all(labels[-1] == -1 for labels in kept)
-    base, validation = (set(groups[labels >= 0]) for labels in kept)
-    assert not base & validation
-
-
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     path = tmp_path / "run.safetensors"
     run = meta_train(ADAPT, nuisance_embeddings(), checkpoint=path, device="cpu")
@@ -255,45 +242,6 @@ def test_pixels_may_be_a_function(tmp_path):
     by_function = TrainData(data.classes, data.labels, pixels=lambda indices: pictures[indices])
     one = reports(config, data, tmp_path / "a")[-1]
     assert reports(config, by_function, tmp_path / "b")[-1].best == one.best
-
-
-def test_loss_equals_the_slow_reference():
-    generator = torch.Generator().manual_seed(0)
-    z = torch.nn.functional.normalize(torch.randn(2, 3, 5, 8, generator=generator), dim=3)  # 2 shots, 3 queries
-    losses, right = [], []
-    for episode in z:
-        prototypes = [photos[:2].mean(dim=0) for photos in episode]
-        for way in range(3):
-            for query in episode[way, 2:]:
-                cosines = torch.stack([query @ p / p.norm() for p in prototypes])
-                losses.append(-torch.log_softmax(7 * cosines, dim=0)[way])
-                right.append(float(cosines.argmax() == way))
-    flat = z.flatten(1, 2)
-    loss, accuracy = prototypical_loss(flat @ flat.mT, way=3, shot=2, scale=torch.tensor(7.0))
-    assert float(loss) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
-    assert float(accuracy) == pytest.approx(np.mean(right))
-
-
-def test_loss_does_not_depend_on_the_order_of_support():
-    z = torch.nn.functional.normalize(torch.randn(1, 2, 4, 6, generator=torch.Generator().manual_seed(1)), dim=3)
-    values = []
-    for order in ([0, 1, 2, 3], [2, 0, 1, 3]):
-        flat = z[:, :, order].flatten(1, 2)
-        values.append(float(prototypical_loss(flat @ flat.mT, way=2, shot=3, scale=torch.tensor(3.0))[0]))
-    assert values[0] == pytest.approx(values[1], rel=1e-6)
-
-
-def test_label_smoothing_by_hand():
-    z = torch.nn.functional.normalize(torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0)), dim=3)
-    flat = z.flatten(1, 2)
-    options = {"way": 2, "shot": 1, "scale": torch.tensor(2.0)}
-    smooth, _ = prototypical_loss(flat @ flat.mT, label_smoothing=0.2, **options)
-    losses = []
-    for way in range(2):
-        for query in z[0, way, 1:]:
-            logs = torch.log_softmax(2 * torch.stack([query @ z[0, k, 0] for k in range(2)]), dim=0)
-            losses.append(-0.9 * logs[way] - 0.1 * logs[1 - way])  # 0.2 spread over two ways
-    assert float(smooth) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
 
 
 EVERYTHING = TrainConfig(
@@ -454,63 +402,3 @@ def test_an_average_of_the_weights_is_what_is_evaluated_and_kept(tmp_path):
     kept, _ = load_model(finished.model)
     assert np.array_equal(kept["0.0.weight"], tensors["average.0"])
     assert not np.array_equal(kept["0.0.weight"], tensors["learner.0.0.weight"])
-
-
-def shapes_drawn(config, data):
-    run = Run(config, data, torch.device("cpu"))
-    shapes = []
-    sample = run.sampler.sample
-
-    def watched(count, **shape):
-        shapes.append((shape["way"], shape["shot"]))
-        return sample(count, **shape)
-
-    run.sampler.sample = watched
-    while not run.is_over:
-        run.step()
-    return shapes, run
-
-
-def test_a_curriculum_goes_from_stage_to_stage_and_is_told():
-    curriculum = Curriculum((Stage(0, 2, 4), Stage(0.5, 3, 1)))
-    config = TrainConfig(**{**ADAPT.__dict__, "epochs": 1, "episodes_per_epoch": 10, "curriculum": curriculum})
-    shapes, run = shapes_drawn(config, nuisance_embeddings())
-    assert shapes == [(2, 4)] * 5 + [(3, 1)] * 5
-    assert run.validation.plan.shot == 2  # the figure is of the episode that was asked for
-    notes = run.started(resumed=False).notes
-    assert "Curriculum, by share of the episodes: from 0% 2-way 4-shot, then from 50% 3-way 1-shot." in notes
-
-
-def test_ways_and_shots_vary_within_their_ranges():
-    values = {"epochs": 1, "episodes_per_epoch": 60, "vary": Variation((2, 4), (1, 3))}
-    config = TrainConfig(**{**ADAPT.__dict__, **values})
-    shapes, _ = shapes_drawn(config, nuisance_embeddings())
-    assert {way for way, _ in shapes} == {2, 3, 4}
-    assert {shot for _, shot in shapes} == {1, 2, 3}
-
-
-def test_rotations_are_classes_of_base_alone(tmp_path):
-    config = TrainConfig(**{**FULL.__dict__, "rotations_as_classes": True})
-    data = bars()
-    run = Run(config, data, torch.device("cpu"))
-    base, n = set(run.split.base), len(data.classes)
-    assert {int(name) % n for name in run.sampler.classes} == base
-    assert len(run.sampler.classes) == 4 * len(base)
-    drawn = run.sampler.sample(50).indices()
-    assert set((drawn // len(data.labels)).flatten().tolist()) == {0, 1, 2, 3}
-    assert int(run.validation.photos.max()) < len(data.labels)
-    assert f"{len(base)} base classes, turned" in run.started(resumed=False).notes[-1]
-
-
-def test_large_classes_come_more_often_where_size_counts():
-    data = nuisance_embeddings(n_classes=6, photos=40)
-    kept = np.concatenate([np.flatnonzero(data.labels == c)[: 40 if c == 0 else 10] for c in range(6)])
-    split = ClassSplit((0, 1, 2, 3), (4, 5), 2)
-    few = TrainData(data.classes, data.labels[kept], embeddings=data.embeddings[kept], split=split)
-    values = {**ADAPT.__dict__, "episode": EpisodeConfig(2, 1, 2)}
-    shares = []
-    for weights in ("balanced", "size"):
-        run = Run(TrainConfig(**{**values, "class_weights": weights}), few, torch.device("cpu"))
-        shares.append(float((run.sampler.sample(2000).classes == 0).any(dim=1).float().mean()))
-    assert shares[0] == pytest.approx(0.5, abs=0.05)
-    assert shares[1] > 0.75
