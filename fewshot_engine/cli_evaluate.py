@@ -181,8 +181,7 @@ def _advice(embeddings: NDArray[np.float32], images: LabelledImages, usual: Rule
     from fewshot_engine.transductive import METHODS
 
     present, labels = np.unique(images.labels, return_inverse=True)
-    counts = dict(zip(images.classes, np.bincount(images.labels, minlength=len(images.classes)).tolist(), strict=True))
-    head = advise({images.classes[label]: counts[images.classes[label]] for label in present})
+    head = advise({name: count for name, count in images.counts().items() if count})
     rule = choose_rule(candidates({"whole": embeddings}, labels, usual=usual), labels, len(present))
     batch = choose_batch_method(embeddings, labels, len(present), methods=tuple(METHODS))
     return {

@@ -4,8 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fewshot_engine import __main__ as cli
+from fewshot_engine.encoder import Encoder
+from fewshot_engine.framing import Square
 from fewshot_engine.recipes import Recipe
 
 
@@ -61,6 +64,64 @@ def test_an_adapted_model_is_told_once_how_familiar_the_examples_are(colours, us
     assert "has 50% of the say in answers, the encoder that it began with 50%" in captured.err
     answers = [json.loads(line) for line in captured.out.splitlines()]
     assert all(answer["label"] in (None, answer["path"].split("/")[-2]) for answer in answers)
+
+
+@pytest.fixture
+def stripes(tmp_path, use_encoder):
+    """Pictures of three labels whose prototypes lie close, and an encoder that sees them pixel by pixel.
+
+    Of what a picture is made, one direction is wide in each label, and the labels lie side by side across it.
+    """
+    rng = np.random.default_rng(0)
+    patterns = np.linalg.qr(rng.normal(size=(192, 24)))[0].T
+    for folder, each in (("support", 101), ("query", 40)):
+        for label in range(3):
+            (tmp_path / folder / f"stripe{label}").mkdir(parents=True)
+            rows, along = rng.normal(scale=0.1, size=(each, 24)), rng.normal(size=each)
+            rows[:, :3] += np.stack([np.full(each, 2.0), along, along + 0.6 * (label - 1)], axis=1)
+            pixels = np.clip(128 + 250 * rows @ patterns, 0, 255).astype(np.uint8).reshape(each, 8, 8, 3)
+            for number, picture in enumerate(pixels):
+                Image.fromarray(picture).save(tmp_path / folder / f"stripe{label}" / f"{number}.png")
+    see = Encoder("pixels", dim=192, squares=[Square(8)], forward=lambda p: p.reshape(len(p), -1).astype("f4") - 128)
+    use_encoder(see)
+    return ["classify", "--support", str(tmp_path / "support"), "--query", str(tmp_path / "query")]
+
+
+def sorted_by(capsys, arguments):
+    assert cli.main(arguments) == 0
+    captured = capsys.readouterr()
+    answers = {line["path"]: line for line in map(json.loads, captured.out.splitlines())}
+    return answers, np.mean([line["label"] in path for path, line in answers.items()]), captured.err
+
+
+def test_many_examples_are_answered_by_a_linear_head(stripes, capsys):
+    by_prototypes, few_right, why_prototypes = sorted_by(capsys, [*stripes, "--classifier", "prototypes"])
+    by_head, right, why_head = sorted_by(capsys, stripes)
+    assert right > max(0.9, few_right + 0.08)
+    assert "Prototypes answer, as asked for. Each of 3 labels has 101 examples or more" in why_prototypes
+    assert "A linear head answers. Each of 3 labels has 101 examples or more" in why_head
+    assert "The head recognises" in why_head and "leave-one-out" not in why_head
+    assert np.mean([line["confidence"] for line in by_head.values()]) == pytest.approx(right, abs=0.05)
+    for path, line in by_head.items():
+        other = by_prototypes[path]
+        assert line.keys() == other.keys()
+        assert line["stranger"] == other["stranger"]
+        distances = [{one["label"]: one["distance"] for one in answer["top_k"]} for answer in (line, other)]
+        assert distances[0] == distances[1]
+        assert line["top_k"][0] == {key: line[key] for key in ("label", "confidence", "distance")}
+
+
+def test_what_looks_at_all_photos_is_left_to_prototypes(stripes, colours, mean_colour_encoder, capsys):
+    _, _, why = sorted_by(capsys, [*stripes, "--mode", "pool"])
+    assert "Prototypes answer, as --mode pool needs them." in why
+    for mode in ("batch", "pool"):
+        assert cli.main([*stripes, "--mode", mode, "--classifier", "linear"]) == 2
+        assert f"--mode {mode} goes with prototypes" in capsys.readouterr().err
+    few = ["classify", "--support", str(colours), "--query", str(colours)]
+    _, right, why = sorted_by(capsys, [*few, "--classifier", "linear"])
+    assert right == 1
+    assert "A linear head answers, as asked for. blue has 4 examples" in why
+    assert "Prototypes answer. blue has 4 examples" in sorted_by(capsys, few)[2]
 
 
 @pytest.mark.parametrize(
