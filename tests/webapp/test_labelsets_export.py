@@ -13,7 +13,7 @@ from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 
-from tests.webapp.test_labelsets import Kitchen, many
+from tests.webapp.kitchen import Kitchen, many
 from webapp.accounts.models import User
 from webapp.labelsets import exports, services
 
