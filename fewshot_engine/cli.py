@@ -186,6 +186,21 @@ def as_adapted(
     return familiarity, tuple(recipe.apply(rows, familiarity=familiarity) for rows in (photos, *others))
 
 
+def likeness(
+    encoder: Encoder, recipe: Recipe | None, photos: Float32Array, familiarity: float | None
+) -> Float32Array | None:
+    """What the classes that photos resemble look like, beside what `as_adapted` makes of them; None if none is known.
+
+    Args:
+        photos: (n, dim), the encoder's own embeddings.
+        familiarity: what `as_adapted` said.
+    """
+    found = encoder.likeness(photos)
+    if found is None or recipe is None or familiarity is None:
+        return found
+    return recipe.beside(found, familiarity=familiarity)
+
+
 def print_answers(
     answers: Answers, photos: Embedded, labels: Sequence[str], *, top_k: int, reject: bool = False
 ) -> None:

@@ -88,19 +88,21 @@ def _classify(options: argparse.Namespace) -> None:
     examples = cli.embed_images(found, encoder)
     examples.check_examples()
     photos = cli.embed_images(queries, encoder, none_will_do=True)
-    _, (support, embeddings) = cli.as_adapted(recipe, examples.embeddings, photos.embeddings)
+    familiarity, (support, embeddings) = cli.as_adapted(recipe, examples.embeddings, photos.embeddings)
+    likeness: FloatArray | None = cli.likeness(encoder, recipe, examples.embeddings, familiarity)
     labels, classes = examples.images.labels, examples.images.classes
     is_linear = _is_linear(options, examples.images.counts())
-    centre = neighbours = None
+    centre = None
     if options.mode == "pool" and len(embeddings):
         centre = mean_embedding(embeddings)
         neighbours = neighbours_in(embeddings, support, centre)
+        likeness = neighbours if likeness is None else likeness + neighbours
     ways = candidates(
         {"whole": support}, labels, centres={} if centre is None else {"whole": centre}, usual=encoder.rule
     )
     choice = choose_rule(ways, labels, len(classes))
     cli.say(choice.reason)
-    model = fit(support, labels, len(classes), centre=centre, neighbours=neighbours, rule=choice.candidate.rule)
+    model = fit(support, labels, len(classes), centre=centre, likeness=likeness, rule=choice.candidate.rule)
     if is_linear:
         answers = _by_head(model, support, labels, embeddings, options.top_k)
     elif options.mode == "batch" and len(embeddings):

@@ -101,8 +101,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     for note in plan.notes:
         cli.say(note)
     protocol = _protocol(plan, encoder.rule, options)
+    likeness = cli.likeness(encoder, recipe, photos.embeddings, familiarity)
     result = {
-        **_report(embeddings, images, protocol).to_dict(images.classes),
+        **_report(embeddings, likeness, images, protocol).to_dict(images.classes),
         "encoder": options.encoder,
         "views": list(options.views),
         "left_out": [list(pair) for pair in plan.left_out],
@@ -110,10 +111,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         "refused": photos.refused,
     }
     if familiarity is not None:
-        result["frozen"] = _report(photos.embeddings, images, protocol).score.accuracy
+        known = encoder.likeness(photos.embeddings)
+        result["frozen"] = _report(photos.embeddings, known, images, protocol).score.accuracy
         result["familiarity"] = round(familiarity, 4)
     if options.grid:
-        result["grid"] = _grid_of(embeddings, images, encoder.rule, options)
+        result["grid"] = _grid_of(embeddings, likeness, images, encoder.rule, options)
     if options.advise:
         result["advice"] = _advice(embeddings, images, encoder.rule)
     cli.print_json(result)
@@ -135,10 +137,22 @@ def _protocol(plan: EpisodePlan, rule: Rule, options: argparse.Namespace) -> Pro
     )
 
 
-def _report(embeddings: NDArray[np.float32], images: LabelledImages, protocol: Protocol) -> Report:
+def _report(
+    embeddings: NDArray[np.float32],
+    likeness: NDArray[np.float32] | None,
+    images: LabelledImages,
+    protocol: Protocol,
+) -> Report:
     from fewshot_engine.evaluation import report
 
-    return report(embeddings, images.labels, protocol, n_classes=len(images.classes), groups=images.groups)
+    return report(
+        embeddings,
+        images.labels,
+        protocol,
+        n_classes=len(images.classes),
+        groups=images.groups,
+        likeness=likeness,
+    )
 
 
 def _grid(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -149,7 +163,11 @@ def _grid(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _grid_of(
-    embeddings: NDArray[np.float32], images: LabelledImages, rule: Rule, options: argparse.Namespace
+    embeddings: NDArray[np.float32],
+    likeness: NDArray[np.float32] | None,
+    images: LabelledImages,
+    rule: Rule,
+    options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """Every cell with the Q that its K leaves."""
     from fewshot_engine.evaluation import evaluate
@@ -168,6 +186,7 @@ def _grid_of(
                 seed=options.seed,
                 groups=images.groups,
                 rule=rule,
+                likeness=likeness,
             )
             cells.append({**asdict(score), "chance": plan.chance})
             cli.say(f"{way}-way {shot}-shot: {score.accuracy:.1%} ± {score.ci95:.1%}")

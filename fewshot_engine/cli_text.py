@@ -143,7 +143,8 @@ def _with_examples(embeddings: FloatArray, prototypes: TextPrototypes, examples:
     """Names and examples together, weighted by leave-one-out."""
     examples.check_examples()
     support, labels, n_way = examples.embeddings, examples.images.labels, prototypes.n_way
-    model = fit(support, labels, n_way)
+    likeness = prototypes.concepts.known.likeness(support)
+    model = fit(support, labels, n_way, likeness=likeness)
     rows, left_out = _left_out(support, labels, n_way)
     text = text_logits(support[rows], prototypes)
     weight = fusion_weight(text, left_out, labels[rows], shots=len(labels) / n_way)

@@ -19,7 +19,7 @@ ENCODERS = {
     "fast": ("efficientnet-lite0",),
 }
 TRAINABLE_BACKBONES = ("conv4", "resnet12", "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
-ENGINE_VERSION = "2"  # part of every key of what is computed from embeddings; raise it when results change
+ENGINE_VERSION = "3"  # part of every key of what is computed from embeddings; raise it when results change
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -29,12 +28,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from fewshot_engine.apart import REFUSED, run_apart
 from fewshot_engine.backbones import BACKBONES, EXTRA_PREFIXES, Backbone, Resampling, get_backbone
 from fewshot_engine.config import ENCODERS, ENGINE_VERSION
 from fewshot_engine.errors import CheckpointError, ConfigError, EngineError, ImageRefused, WeightsMissing
 from fewshot_engine.framing import WHOLE, Square, UInt8Array, View, read_view, read_views
 from fewshot_engine.framing import preprocess as preprocess
 from fewshot_engine.images import decode
+from fewshot_engine.known_classes import KnownClasses, load_known_classes
 from fewshot_engine.prototypes import Rule, l2_normalise
 from fewshot_engine.recipes import Recipe, load_recipe
 from fewshot_engine.weights import sha256_of
@@ -101,9 +102,11 @@ class Encoder:
         forward: Forward,
         batch_size: int = CPU_BATCH,
         rule: Rule | None = None,
+        known_classes: Callable[[], KnownClasses | None] = lambda: None,
     ) -> None:
         self.name = name
         self.rule = rule or Rule()
+        self._known_classes = known_classes
         self.dim = dim
         self.squares = tuple(squares)
         self.batch_size = batch_size
@@ -140,6 +143,18 @@ class Encoder:
             batch = rows[start : start + self.batch_size]
             embeddings[start : start + len(batch)] = self._forward(batch)
         return embeddings
+
+    def likeness(self, embeddings: Float32Array) -> Float32Array | None:
+        """What the classes that each photo resembles look like, for `inference.fit`; None where no class is known.
+
+        Args:
+            embeddings: (n, dim), as `encode` gives them.
+
+        Returns:
+            (n, dim), see `KnownClasses.likeness`.
+        """
+        known = self._known_classes()
+        return None if known is None else known.likeness(embeddings)
 
     def encode_images(self, images: Sequence[Image.Image]) -> Float32Array:
         """`prepare`, then `encode`; (n, dim)."""
@@ -213,6 +228,7 @@ def load_with_recipe(
         forward=_fused_forward(plan.members, forwards, shown),
         batch_size=CPU_BATCH if device == "cpu" else GPU_BATCH,
         rule=Rule.usual(is_full=any(member.checkpoint is not None for member in plan.members)),
+        known_classes=lambda: load_known_classes([member.source for member in plan.members], cache_dir),
     )
     return encoder, None if plan.adapted is None else load_recipe(plan.adapted)
 
@@ -387,15 +403,10 @@ class Member:
                 if not path.is_file():
                     self.export(path)
             return path
-        # In a process of its own, so that this one need not carry torch for the rest of its life.
-        command = [sys.executable, "-m", "fewshot_engine.encoder", self.source, str(path)]
-        root = str(Path(__file__).parents[1])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603
-        if done.returncode == 2:
-            raise CheckpointError(done.stderr.strip()) if self.checkpoint else WeightsMissing(done.stderr.strip())
-        if done.returncode != 0:
-            raise EngineError(f"{self.source} could not be exported to ONNX: {done.stderr.strip()[-2000:]}")
+        refusal = CheckpointError if self.checkpoint else WeightsMissing
+        run_apart(
+            "fewshot_engine.encoder", self.source, str(path), what=f"the ONNX file of {self.source}", refusal=refusal
+        )
         return path
 
     def export(self, path: Path) -> None:
@@ -559,7 +570,7 @@ def _main(source: str, path: str) -> int:
         member.export(Path(path))
     except EngineError as error:
         print(error, file=sys.stderr)
-        return 2
+        return REFUSED
     return 0
 
 

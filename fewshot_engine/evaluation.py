@@ -186,6 +186,7 @@ def evaluate(
     seed: int = 0,
     groups: NDArray[np.int64] | None = None,
     rule: Rule | None = None,
+    likeness: NDArray[np.float32] | None = None,
 ) -> Score:
     """N-way K-shot accuracy, inductive, with as many query images of each class.
 
@@ -193,34 +194,16 @@ def evaluate(
         embeddings: (n, dim), any length.
         labels: (n,) class indices; classes with fewer than shot + query photos are not drawn.
         groups: (n,); photos of one group are never on both sides of an episode.
-        rule: as for `episode_accuracies`.
+        rule, likeness: as for `episode_accuracies`.
 
     Raises:
         DataError: too few classes have shot + query photos.
     """
     plan = EpisodePlan(way, shot, query)
-    return Score.of(
-        episode_accuracies(embeddings, labels, plan, episodes=episodes, seed=seed, groups=groups, rule=rule), plan
+    accuracies = episode_accuracies(
+        embeddings, labels, plan, episodes=episodes, seed=seed, groups=groups, rule=rule, likeness=likeness
     )
-
-
-def grid(
-    embeddings: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    *,
-    ways: Sequence[int],
-    shots: Sequence[int],
-    query: int,
-    episodes: int = 600,
-    seed: int = 0,
-    groups: NDArray[np.int64] | None = None,
-) -> tuple[Score, ...]:
-    """`evaluate` for every N and K, row by row; raises as it does."""
-    return tuple(
-        evaluate(embeddings, labels, way=way, shot=shot, query=query, episodes=episodes, seed=seed, groups=groups)
-        for way in ways
-        for shot in shots
-    )
+    return Score.of(accuracies, plan)
 
 
 def episode_accuracies(
@@ -232,11 +215,14 @@ def episode_accuracies(
     seed: int,
     groups: NDArray[np.int64] | None = None,
     rule: Rule | None = None,
+    likeness: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float64]:
     """(episodes,), each in [0, 1]. The same seed, labels and groups give the same episodes, so two encoders pair up.
 
     Args:
         rule: ridge prototypes, or the cosine to class means.
+        likeness: (n, dim), what the classes that each photo resembles look like, see `Encoder.likeness`; for ridge
+            prototypes alone.
 
     Raises:
         ConfigError: another rule.
@@ -254,7 +240,7 @@ def episode_accuracies(
         support, query = (part[start : start + size].numpy() for part in (drawn.support, drawn.query))
         examples, photos = z[support], z[query.reshape(len(query), -1)]
         if rule.metric == "ridge":
-            cosines = episode_cosines(examples, photos)
+            cosines = episode_cosines(examples, photos, None if likeness is None else likeness[support])
         else:
             cosines = photos @ l2_normalise(examples.mean(axis=2)).swapaxes(1, 2)
         results.append((cosines.argmax(axis=2) == truth).mean(axis=1))
@@ -268,6 +254,7 @@ def report(
     *,
     n_classes: int,
     groups: NDArray[np.int64] | None = None,
+    likeness: NDArray[np.float32] | None = None,
 ) -> Report:
     """Everything that a label set of these photos would be told, over many episodes.
 
@@ -275,20 +262,21 @@ def report(
         embeddings: (n, dim), any length.
         labels: (n,) in [0, n_classes); classes with fewer than shot + query photos are not drawn.
         groups: (n,); photos of one group are never on both sides of an episode.
+        likeness: (n, dim), what the classes that each photo resembles look like, see `Encoder.likeness`.
 
     Raises:
         DataError: too few classes have shot + query photos.
     """
-    photos = _Photos.of(embeddings, pooled=protocol.mode != "inductive")
+    photos = _Photos.of(embeddings, likeness, pooled=protocol.mode != "inductive")
     tally = _Tally(n_classes)
     for episode in _episodes(labels, protocol, groups):
-        support, queries, pool = photos.of_episode(episode.support, episode.query)
+        support, queries, lent = photos.of_episode(episode.support, episode.query)
         means = cosine_prototypes(support, episode.support_labels, protocol.way)
         tally.means.append(float((cosine_similarity(queries, means).argmax(axis=1) == episode.truth).mean()))
         if protocol.mode != "inductive":
-            alone = classify(fit(support, episode.support_labels, protocol.way, rule=protocol.rule), queries, top_k=1)
-            tally.inductive.append(float((alone.labels[:, 0] == episode.truth).mean()))
-        model = fit(support, episode.support_labels, protocol.way, rule=protocol.rule, **pool)
+            alone = fit(support, episode.support_labels, protocol.way, rule=protocol.rule, likeness=lent.by_classes)
+            tally.inductive.append(float((classify(alone, queries, top_k=1).labels[:, 0] == episode.truth).mean()))
+        model = _fit(support, episode.support_labels, protocol, lent)
         answers, changed = _answers(model, queries, protocol)
         tally.changed.append(float(changed.mean()))
         tally.add(episode, answers.labels[:, 0], answers.confidences[:, 0])
@@ -388,6 +376,21 @@ def _episodes(labels: NDArray[np.int64], protocol: Protocol, groups: NDArray[np.
 
 
 @dataclass(frozen=True, eq=False)
+class _Lent:
+    """What `inference.fit` is told beside the examples: (n_support, dim) twice, and (dim,)."""
+
+    by_classes: NDArray[np.float64] | None = None
+    by_neighbours: NDArray[np.float64] | None = None
+    centre: NDArray[np.float64] | None = None
+
+    @property
+    def likeness(self) -> NDArray[np.float64] | None:
+        if self.by_classes is None or self.by_neighbours is None:
+            return self.by_neighbours if self.by_classes is None else self.by_classes
+        return self.by_classes + self.by_neighbours
+
+
+@dataclass(frozen=True, eq=False)
 class _Photos:
     """Embeddings, from which an episode's photos are taken in coordinates of their own span.
 
@@ -395,36 +398,51 @@ class _Photos:
 
     Attributes:
         n: how many photos there are.
-        rows: (n, dim) float32, rows of length 1; where photos are pooled, n rows of their neighbours' means and the
-            mean of all follow, see `inference.neighbours_in`.
+        rows: (m, dim) float32: n rows of length 1; n of what the classes that they resemble look like, if that is
+            known; and where photos are pooled, n of their neighbours' means and the mean of all, see
+            `inference.neighbours_in`.
+        knows_classes, is_pooled: which of these there are.
         gram: the products of the rows, where they fit into memory.
     """
 
     n: int
     rows: NDArray[np.float32]
+    knows_classes: bool
+    is_pooled: bool
     gram: NDArray[np.float32] | None
 
     @classmethod
-    def of(cls, embeddings: NDArray[np.float32], *, pooled: bool) -> _Photos:
-        rows = l2_normalise(embeddings).astype(np.float32)
-        n = len(rows)
+    def of(cls, embeddings: NDArray[np.float32], likeness: NDArray[np.float32] | None, *, pooled: bool) -> _Photos:
+        photos = l2_normalise(embeddings).astype(np.float32)
+        parts = [photos] if likeness is None else [photos, likeness]
         if pooled:
-            centre = mean_embedding(rows)
-            rows = np.concatenate([rows, neighbours_in(rows, rows, centre), centre[None]]).astype(np.float32)
-        return cls(n, rows, rows @ rows.T if len(rows) <= MOST_IN_GRAM else None)
+            centre = mean_embedding(photos)
+            parts += [neighbours_in(photos, photos, centre), centre[None]]
+        rows = np.concatenate(parts).astype(np.float32)
+        gram = rows @ rows.T if len(rows) <= MOST_IN_GRAM else None
+        return cls(len(photos), rows, likeness is not None, pooled, gram)
 
     def of_episode(
         self, support: NDArray[np.int64], query: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], dict[str, NDArray[np.float64]]]:
-        """Support, query images, and what `inference.fit` is told of the pool, if there is one."""
-        pooled = len(self.rows) > self.n
-        rows = np.concatenate([support, query, *([support + self.n, [2 * self.n]] if pooled else [])])
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], _Lent]:
+        """Support, query images, and what is known of the support beside."""
+        parts = [support, query]
+        if self.knows_classes:
+            parts.append(support + self.n)
+        if self.is_pooled:
+            parts += [support + (1 + self.knows_classes) * self.n, np.array([len(self.rows) - 1])]
+        rows = np.concatenate(parts)
         gram = self.rows[rows] @ self.rows[rows].T if self.gram is None else self.gram[np.ix_(rows, rows)]
         # Copies of a photo would make it singular: each gets a thousandth of its length in a direction of its own.
         coordinates = np.linalg.cholesky(gram.astype(np.float64) + 1e-6 * np.eye(len(rows)))
-        m, end = len(support), len(support) + len(query)
-        pool = {"neighbours": coordinates[end:-1], "centre": coordinates[-1]} if pooled else {}
-        return coordinates[:m], coordinates[m:end], pool
+        examples, queries, *others = np.split(coordinates, np.cumsum([len(part) for part in parts])[:-1])
+        by_classes = others.pop(0) if self.knows_classes else None
+        by_neighbours, centre = (others[0], others[1][0]) if self.is_pooled else (None, None)
+        return examples, queries, _Lent(by_classes, by_neighbours, centre)
+
+
+def _fit(support: NDArray[np.float64], labels: NDArray[np.int64], protocol: Protocol, lent: _Lent) -> PrototypeModel:
+    return fit(support, labels, protocol.way, rule=protocol.rule, centre=lent.centre, likeness=lent.likeness)
 
 
 def _answers(
@@ -450,9 +468,8 @@ def _stranger_aurocs(
     is_stranger = (torch.arange(plan.way * plan.query) >= protocol.way * plan.query).long()
     aurocs = []
     for _, support, query in zip(*_arrays(drawn), strict=True):
-        examples, queries, pool = photos.of_episode(support[: protocol.way].ravel(), query.ravel())
-        model = fit(examples, support_labels, protocol.way, rule=protocol.rule, **pool)
-        answers, _ = _answers(model, queries, protocol)
+        examples, queries, lent = photos.of_episode(support[: protocol.way].ravel(), query.ravel())
+        answers, _ = _answers(_fit(examples, support_labels, protocol, lent), queries, protocol)
         aurocs.append(float(binary_auroc(torch.from_numpy(answers.stranger), is_stranger, validate_args=False)))
     return np.array(aurocs)
 

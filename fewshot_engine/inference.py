@@ -26,7 +26,6 @@ from fewshot_engine.prototypes import (
     Rule,
     compute_prototypes,
     cosine_prototypes,
-    cosine_similarity,
     l2_normalise,
     split_classes_in_groups,
 )
@@ -205,7 +204,7 @@ def fit(
     *,
     negatives: FloatArray | None = None,
     centre: FloatArray | None = None,
-    neighbours: FloatArray | None = None,
+    likeness: FloatArray | None = None,
     rule: Rule | None = None,
 ) -> PrototypeModel:
     """Prototypes, temperature and stranger score of one label set.
@@ -215,9 +214,10 @@ def fit(
         labels: (n_support,), integers in [0, n_way).
         negatives: (m, dim), raw embeddings of photos that are none of the labels.
         centre: (dim,), the mean of L2-normalised embeddings of photos like these; see `mean_embedding`.
-        neighbours: (n_support, dim), what unlabelled photos near each example look like; see `neighbours_in`. A label's
-            examples take them in with a weight of 1 / their number: what one example lacks, five have. Prototypes alone
-            know of them; what is left out in turn, and so the calibration, does not.
+        likeness: (n_support, dim), what things like each example look like: the classes that its encoder knows, see
+            `Encoder.likeness`, unlabelled photos near it, see `neighbours_in`, or the sum of both. A label's examples
+            take it in with a weight of 1 / their number: what one example lacks, five have. Prototypes alone know of
+            it; what is left out in turn, and so the calibration, does not.
         rule: ridge prototypes, centred, unless something else is said; `selection.choose_rule` may know better.
 
     Raises:
@@ -233,8 +233,8 @@ def fit(
     common = _common(prepared, label_of, n_way, rule, is_centred=centre is not None)
     compared = l2_normalise(prepared - common)
     examples = compared
-    if neighbours is not None:
-        examples = l2_normalise(compared + neighbours / np.bincount(label_of, minlength=n_way)[label_of, None])
+    if likeness is not None:
+        examples = l2_normalise(compared + likeness / np.bincount(label_of, minlength=n_way)[label_of, None])
     prototypes, prototype_labels = _prototypes(examples, label_of, n_way, rule)
     asked = _evenly(label_of, MOST_LEFT_OUT)
     copies = near_copies(l2_normalise(support[asked]), label_of[asked])
@@ -391,42 +391,6 @@ def neighbours_in(pool: FloatArray, photos: FloatArray, centre: FloatArray) -> F
             if len(kept):
                 found[row] = there[kept].mean(axis=0)
     return found
-
-
-def distance_from_training(embeddings: FloatArray, class_means: FloatArray) -> float:
-    """How far photos lie from what a model was trained on: the mean of 1 - cosine to the nearest training class.
-
-    Measured with Lite0, Lite1 and Lite2 fused, trained on half the classes of one of four photo sets, for as few as
-    three photos: 0.08 to 0.45 for classes of the same set that were not trained on, 0.45 to 0.76 for the other sets
-    (the smallest being groceries for a model of 64 everyday things). Where the line is depends on how varied the
-    training was: compare with `distance_of_unseen_classes`, of which it is 0.7 to 1.6 times for photos of that kind.
-
-    Args:
-        embeddings: (n, dim), raw, of the encoder as it was before it was adapted; n at least 1.
-        class_means: (n_classes, dim), each the mean of the L2-normalised embeddings of a training class.
-
-    Returns:
-        0 (each photo is the mean of a class) to 2; photos of the training classes themselves come to about 0.75 times
-        `distance_of_unseen_classes`.
-    """
-    if len(embeddings) == 0 or len(class_means) == 0:
-        raise DataError(f"a distance needs photos and classes; there are {len(embeddings)} and {len(class_means)}")
-    return float(1 - cosine_similarity(embeddings, class_means).max(axis=1).mean())
-
-
-def distance_of_unseen_classes(embeddings: FloatArray, labels: IntArray, class_means: FloatArray) -> float:
-    """`distance_from_training` that photos of one more class of this kind would have: each class against the others.
-
-    Args:
-        embeddings: (n, dim), raw, of the training photos.
-        labels: (n,), rows of `class_means`.
-        class_means: (n_classes, dim), as above; at least two.
-    """
-    if len(class_means) < 2:
-        raise DataError(f"an unseen class needs 2 classes to be told from; there are {len(class_means)}")
-    cosines = cosine_similarity(embeddings, class_means)
-    cosines[np.arange(len(labels)), labels] = -1
-    return float(1 - cosines.max(axis=1).mean())
 
 
 def _prepare(embeddings: FloatArray, centre: FloatArray | None) -> FloatArray:

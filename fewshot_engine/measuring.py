@@ -68,7 +68,8 @@ def measure_classifying(encoder: Encoder, paths: list[Path], *, way: int = 5, sh
         raise ConfigError(f"{len(paths)} photos leave none to sort: {way} labels of {shot} examples take {way * shot}")
     labels = np.repeat(np.arange(way), shot)
     started = time.perf_counter()
-    model = fit(_embed(support, encoder), labels, way)
+    examples = _embed(support, encoder)
+    model = fit(examples, labels, way, likeness=encoder.likeness(examples))
     ready = time.perf_counter() - started
     alone = []
     for path in queries:

@@ -87,6 +87,18 @@ class Recipe:
         result: NDArray[np.float32] = np.concatenate(halves, axis=1)
         return result
 
+    def beside(self, likeness: NDArray[np.float32], *, familiarity: float) -> NDArray[np.float32]:
+        """What the classes that photos resemble look like, (n, dim) of the backbone -> (n, 2 dim) beside `apply`'s.
+
+        The frozen half alone takes it in. Sent through the map as well it changed nothing within the noise.
+
+        Args:
+            likeness: of `Encoder.likeness`.
+            familiarity: as for `apply`.
+        """
+        share = np.float32((1 - self.share * familiarity) ** 0.5)
+        return np.concatenate([share * likeness, np.zeros_like(likeness)], axis=1)
+
     def _checked(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
         if embeddings.ndim != 2 or embeddings.shape[1] != len(self.centre):
             backbone = self.card.get("backbone")
@@ -116,12 +128,6 @@ def load_recipe(path: Path) -> Recipe:
         raise CheckpointError(f"{Path(path).name} does not say how its two halves are weighted") from error
     centre, basis, core, class_means = (tensors[name] for name in RECIPE_TENSORS)
     return Recipe(centre, basis, core, class_means, share, familiar_from, card)
-
-
-def apply_recipe(recipe_path: Path, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`load_recipe` and `Recipe.apply` in one, for photos that are one set."""
-    recipe = load_recipe(recipe_path)
-    return recipe.apply(embeddings, familiarity=recipe.familiarity(embeddings))
 
 
 def load_model(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

@@ -131,12 +131,13 @@ def answer_together(queries: FloatArray, support: FloatArray, labels: IntArray, 
     return cosines
 
 
-def episode_cosines(support: FloatArray, query: FloatArray) -> FloatArray:
+def episode_cosines(support: FloatArray, query: FloatArray, likeness: FloatArray | None = None) -> FloatArray:
     """Cosines of the query images to the ridge prototypes of many balanced episodes at once, centred by the support.
 
     Args:
         support: (b, way, shot, dim), rows of length 1.
         query: (b, q, dim), rows of length 1.
+        likeness: (b, way, shot, dim), what things like each example look like, see `inference.fit`.
 
     Returns:
         (b, q, way).
@@ -144,6 +145,8 @@ def episode_cosines(support: FloatArray, query: FloatArray) -> FloatArray:
     b, way, shot, dim = support.shape
     centre = CENTRE_SHARE * support.mean(axis=(1, 2))[:, None]  # (b, 1, dim)
     examples = l2_normalise(support.reshape(b, way * shot, dim) - centre)
+    if likeness is not None:
+        examples = l2_normalise(examples + likeness.reshape(b, way * shot, dim) / shot)
     photos = l2_normalise(query - centre)
     labels = np.repeat(np.arange(way), shot)
     coefficients = _coefficients(examples @ examples.swapaxes(1, 2), labels, way)  # (b, way * shot, way)

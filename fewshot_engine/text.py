@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,20 +26,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fewshot_engine.backbones import get_backbone
+from fewshot_engine.apart import REFUSED, run_apart
 from fewshot_engine.checkpoints import write_atomically
 from fewshot_engine.config import ENCODERS, ENGINE_VERSION
-from fewshot_engine.errors import DataError, EngineError, WeightsMissing
+from fewshot_engine.errors import DataError, EngineError
+from fewshot_engine.known_classes import CLASSIFIERS, KnownClasses, load_known_classes
 from fewshot_engine.prototypes import FloatArray, IntArray, l2_normalise
 from fewshot_engine.sentences import encode_sentences, model_file
-from fewshot_engine.weights import read_state_dict
 
 Float32Array = npt.NDArray[np.float32]
 
-CLASSIFIERS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")  # whose weights hold a last layer
-
 # Chosen on the label sets above, by the mean accuracy at 5 ways; each is flat around its value.
-FEATURE_LENGTH = 17.0  # of Lite0's pooled features on photos; their own lengths, lost in a fused embedding, add nothing
 NAME_TEMPERATURE = 1.5  # of the classifier's logits: its second thoughts count, where a label is none of the 1,000
 RIDGE = 10.0
 VISUAL_SHARE = 0.5  # of the learned weights' cosine; the rest is the texts'
@@ -91,23 +86,16 @@ class Concepts:
     Attributes:
         names: m of them.
         texts: (m, text_dim), embeddings of the names, rows of length 1.
-        weights: (b, m, dim), the last layers of b classifiers, whose features lie side by side in an embedding.
-        biases: (b, m).
+        known: the last layers of the encoder's classifiers.
     """
 
     names: tuple[str, ...]
     texts: Float32Array
-    weights: Float32Array
-    biases: Float32Array
+    known: KnownClasses
 
     def probabilities(self, embeddings: FloatArray) -> FloatArray:
         """How likely each name is for each photo, by the classifiers' mean logits: (n, b * dim) -> (n, m)."""
-        count, _, dim = self.weights.shape
-        if embeddings.ndim != 2 or embeddings.shape[1] != count * dim:
-            raise ValueError(f"embeddings have shape {embeddings.shape}: {count} classifiers take (n, {count * dim})")
-        features = l2_normalise(embeddings.reshape(-1, count, dim)) * np.float32(FEATURE_LENGTH)
-        logits = np.einsum("nbd,bmd->nm", features, self.weights, optimize=True) / count + self.biases.mean(axis=0)
-        return _softmax(logits / NAME_TEMPERATURE)
+        return _softmax(self.known.logits(embeddings) / NAME_TEMPERATURE)
 
     def text_cosines(self, texts: FloatArray) -> FloatArray:
         """Of each text with each name, both centred by the names' mean: (k, text_dim) -> (k, m)."""
@@ -116,7 +104,7 @@ class Concepts:
     def resemblance(self, texts: FloatArray) -> FloatArray:
         """How much each text is like each name, by its words and by the weights they suggest: (k, m), from -1 to 1."""
         names = self._centred(self.texts)
-        weights = self.weights[0] - self.weights[0].mean(axis=0)
+        weights = self.known.weights[0] - self.known.weights[0].mean(axis=0)
         ridge = names.T @ names + np.float32(RIDGE) * np.eye(names.shape[1], dtype=np.float32)
         suggested = self._centred(texts) @ np.linalg.solve(ridge, names.T @ weights)  # (k, dim)
         visual = l2_normalise(suggested) @ l2_normalise(weights).T
@@ -139,18 +127,17 @@ def load_concepts(cache_dir: Path, encoder: str = "fast") -> Concepts:
         DataError: an encoder without a classifier.
         WeightsMissing: a package with weights is not installed.
     """
-    # How a backbone frames a photo, behind @, is nothing to its classifier.
-    backbones = [name.partition("@")[0] for name in ENCODERS.get(encoder, (encoder,))]
-    if not set(backbones) <= set(CLASSIFIERS):
+    known = load_known_classes(ENCODERS.get(encoder, (encoder,)), cache_dir)
+    if known is None:
         raise DataError(
-            f"{encoder} does not know names: zero-shot works with {' or '.join(ENCODERS)}, "
-            f"or with one of {', '.join(CLASSIFIERS)}"
+            f"{encoder} does not know names: zero-shot works with {' or '.join(ENCODERS)}, or with the weights that "
+            f"come with one of {', '.join(CLASSIFIERS)}"
         )
-    path = cache_dir / _cache_name(backbones)
+    path = cache_dir / _cache_name()
     if not path.is_file():
-        _make_concepts(path, backbones)
+        _make_names(path)
     with np.load(path, allow_pickle=False) as arrays:
-        return Concepts(tuple(map(str, arrays["names"])), arrays["texts"], arrays["weights"], arrays["biases"])
+        return Concepts(tuple(map(str, arrays["names"])), arrays["texts"], known)
 
 
 @dataclass(frozen=True)
@@ -401,47 +388,26 @@ def _listed(items: Sequence[str]) -> str:
     return ", ".join(items[:NAMED_AT_MOST]) + more
 
 
-def _cache_name(backbones: Sequence[str]) -> str:
-    digest = hashlib.sha256(f"{ENGINE_VERSION} {' '.join(backbones)}".encode())
-    for path in (model_file(), *(get_backbone(backbone).weights() for backbone in backbones)):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+def _cache_name() -> str:
+    digest = hashlib.sha256(ENGINE_VERSION.encode())
+    with open(model_file(), "rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"imagenet-names-{digest.hexdigest()[:16]}.npz"
 
 
-def _make_concepts(path: Path, backbones: Sequence[str]) -> None:
-    """In a process of its own, so that this one need not carry torch for the rest of its life."""
+def _make_names(path: Path) -> None:
     if "torch" in sys.modules:
-        _write_concepts(path, backbones)
-        return
-    command = [sys.executable, "-m", "fewshot_engine.text", str(path), *backbones]
-    root = str(Path(__file__).parents[1])
-    search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    # One thread: on a busy machine several wait for each other by spinning, and take ten times as long.
-    environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603
-    if done.returncode == 2:
-        raise WeightsMissing(done.stderr.strip())
-    if done.returncode != 0:
-        raise EngineError(f"the names of ImageNet could not be prepared: {done.stderr.strip()[-2000:]}")
+        _write_names(path)
+    else:
+        run_apart("fewshot_engine.text", str(path), what="the names of ImageNet")
 
 
-def _write_concepts(path: Path, backbones: Sequence[str]) -> None:
+def _write_names(path: Path) -> None:
     from torchvision.models import EfficientNet_B0_Weights
 
     names: list[str] = EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"]
-    layers = [read_state_dict(get_backbone(backbone).weights()) for backbone in backbones]
-    for backbone, layer in zip(backbones, layers, strict=True):
-        if "_fc.weight" not in layer:  # somebody's own weights, kept by `weights`
-            raise WeightsMissing(f"the weights kept for {backbone} have no classifier, so it knows no names")
     content = io.BytesIO()
-    np.savez(
-        content,
-        names=np.array(names),
-        texts=encode_sentences(names),
-        weights=np.stack([layer["_fc.weight"].numpy() for layer in layers]),
-        biases=np.stack([layer["_fc.bias"].numpy() for layer in layers]),
-    )
+    np.savez(content, names=np.array(names), texts=encode_sentences(names))
     write_atomically(path, content.getvalue())
 
 
@@ -456,12 +422,12 @@ def _sigmoid(logits: FloatArray) -> FloatArray:
     return probability
 
 
-def _main(path: str, *backbones: str) -> int:
+def _main(path: str) -> int:
     try:
-        _write_concepts(Path(path), backbones)
+        _write_names(Path(path))
     except EngineError as error:
         print(error, file=sys.stderr)
-        return 2
+        return REFUSED
     return 0
 
 

@@ -45,7 +45,8 @@ def learn_labels(lease: Lease) -> None:
             targets = np.array([index[label_id] for _photo, _blob, label_id in support], dtype=np.int64)
             familiarity = runtime.familiarity(model, raw)
             seen = runtime.as_seen_by(model, raw, familiarity)
-            fitted = inference.fit(seen, targets, len(labels), rule=runtime.rule(model))
+            lent = runtime.likeness(model, raw, familiarity)
+            fitted = inference.fit(seen, targets, len(labels), likeness=lent, rule=runtime.rule(model))
             data, health = fitted.to_bytes(), _health(fitted, labels, [photo for photo, _b, _l in support])
             health["familiarity"] = familiarity
         prototypes = PrototypeSet(

@@ -15,6 +15,7 @@ from django.core.files.storage import default_storage
 from numpy.typing import NDArray
 
 from fewshot_engine.encoder import Encoder, load_encoder
+from fewshot_engine.known_classes import load_known_classes
 from fewshot_engine.prototypes import Rule
 from fewshot_engine.recipes import Recipe, load_recipe
 from webapp.training.models import DEFAULT_ENCODER, Model
@@ -71,6 +72,22 @@ def as_seen_by(model: Model, vectors: Vectors, familiarity: float | None) -> Vec
     return vectors if familiarity is None else _recipe(model.folder).apply(vectors, familiarity=familiarity)
 
 
+def likeness(model: Model, vectors: Vectors, familiarity: float | None) -> Vectors | None:
+    """What the classes that photos resemble look like to the model, beside what `as_seen_by` makes of them.
+
+    Args:
+        vectors: (n, dim), embeddings of the model's backbone.
+
+    Returns:
+        (n, m), or None where its backbone knows no classes.
+    """
+    known = load_known_classes(members(model.backbone), Path(settings.DATA_DIR) / "encoders")
+    if known is None:
+        return None
+    found = known.likeness(vectors)
+    return found if familiarity is None else _recipe(model.folder).beside(found, familiarity=familiarity)
+
+
 def rule(model: Model) -> Rule:
     """By which label sets on this model answer."""
     return Rule.usual(is_full=model.kind == Model.Kind.FULL)
@@ -81,3 +98,6 @@ def warm_up() -> None:
     for backbone in members(DEFAULT_ENCODER):
         loaded = encoder(backbone)
         loaded.encode(np.zeros((1, *loaded.input_shape), dtype=np.uint8))
+    folder = Path(settings.DATA_DIR) / "encoders"
+    with _one_process(folder):
+        load_known_classes(members(DEFAULT_ENCODER), folder)

@@ -13,7 +13,6 @@ from fewshot_engine.evaluation import (
     Score,
     episode_accuracies,
     evaluate,
-    grid,
     quality,
     report,
     shared_out,
@@ -75,13 +74,6 @@ def test_same_seed_same_score():
     assert scores[0] == scores[1] != scores[2]
 
 
-def test_a_grid_is_every_way_with_every_shot():
-    embeddings, labels = clouds()
-    scores = grid(embeddings, labels, ways=(2, 5), shots=(1, 3), query=4, episodes=30, seed=1)
-    assert [(score.way, score.shot) for score in scores] == [(2, 1), (2, 3), (5, 1), (5, 3)]
-    assert scores[3] == evaluate(embeddings, labels, way=5, shot=3, query=4, episodes=30, seed=1)
-
-
 @pytest.mark.parametrize("mode", ["inductive", "pool", "batch"])
 def test_a_report_is_the_products_answers_counted(mode):
     embeddings, labels = clouds(spread=1.5)
@@ -94,7 +86,7 @@ def test_a_report_is_the_products_answers_counted(mode):
     for classes, support, query in zip(drawn.classes.numpy(), drawn.support.numpy(), drawn.query.numpy(), strict=True):
         examples = embeddings[support.ravel()]
         near = neighbours_in(embeddings, examples, centre) if pooled else None
-        model = fit(examples, np.repeat(np.arange(3), 2), 3, centre=centre, neighbours=near)
+        model = fit(examples, np.repeat(np.arange(3), 2), 3, centre=centre, likeness=near)
         queries = embeddings[query.ravel()]
         answers = classify_batch(model, queries)[0] if mode == "batch" else classify(model, queries)
         best = answers.labels[:, 0]

@@ -8,8 +8,6 @@ from fewshot_engine.inference import (
     PrototypeModel,
     classify,
     classify_batch,
-    distance_from_training,
-    distance_of_unseen_classes,
     fit,
     mean_embedding,
     verdict,
@@ -202,33 +200,6 @@ def test_verdicts():
     assert verdict(0.9, 0.1, unsure_below=0.95) == "unsure"
 
 
-def test_distance_from_training_by_hand():
-    means = np.array([[1.0, 0.0], [0.0, 2.0]])
-    assert distance_from_training(np.array([[3.0, 4.0], [5.0, 0.0]]), means) == pytest.approx(0.1)  # 1 - (0.8 + 1) / 2
-    # each class against the other's mean: cosines 0.6 and 0
-    unseen = distance_of_unseen_classes(np.array([[4.0, 3.0], [0.0, 5.0]]), np.array([0, 1]), means)
-    assert unseen == pytest.approx(0.7)
-
-
-def test_photos_of_another_kind_lie_farther_than_new_classes_of_the_same():
-    shared = np.zeros(64)
-    shared[0] = 12  # what one kind of photo has in common
-    raw, labels = photos(8, 6)
-    kind, new = raw + shared, photos(4, 3, first=8, seed=2)[0] + shared
-    other = photos(4, 3, first=20, seed=3)[0] - shared
-    means = np.stack([l2_normalise(kind)[labels == k].mean(axis=0) for k in range(8)])
-    unseen = distance_of_unseen_classes(kind, labels, means)
-    assert distance_from_training(kind, means) < unseen
-    assert distance_from_training(new, means) < 1.6 * unseen < distance_from_training(other, means)
-
-
-def test_a_distance_needs_photos_and_classes():
-    with pytest.raises(DataError, match="0 and 2"):
-        distance_from_training(np.empty((0, 2)), np.eye(2))
-    with pytest.raises(DataError, match="there are 1"):
-        distance_of_unseen_classes(np.eye(2), np.array([0, 0]), np.eye(2)[:1])
-
-
 def test_many_examples_are_calibrated_on_a_part_of_them_and_named_by_their_own_rows(monkeypatch):
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), [40, 5, 5])
@@ -280,7 +251,7 @@ def test_neighbours_help_where_one_example_is_not_enough():
         support, labels = kinds + 1.2 * rng.standard_normal((4, 30)), np.arange(4)
         centre = inference.mean_embedding(pool)
         near = inference.neighbours_in(pool, support, centre)
-        for name, neighbours in (("alone", None), ("with neighbours", near)):
-            model = fit(support, labels, 4, centre=centre, neighbours=neighbours)
+        for name, likeness in (("alone", None), ("with neighbours", near)):
+            model = fit(support, labels, 4, centre=centre, likeness=likeness)
             hits[name].append((classify(model, pool).labels[:, 0] == truth).mean())
     assert np.mean(hits["with neighbours"]) > np.mean(hits["alone"]) + 0.03

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fewshot_engine.errors import CheckpointError
-from fewshot_engine.recipes import FAMILIARITY_WIDTH, Recipe, apply_recipe, load_recipe, save_model
+from fewshot_engine.recipes import FAMILIARITY_WIDTH, Recipe, load_recipe, save_model
 
 TENSORS = {
     "centre": np.array([0.6, 0], dtype=np.float32),
@@ -70,11 +70,14 @@ def test_unfamiliar_photos_are_answered_by_the_frozen_encoder():
     assert result @ result.T == pytest.approx(frozen @ frozen.T, abs=1e-4)
 
 
-def test_a_recipe_for_one_set_of_photos(model):
-    x = np.array([[3, 4], [2, 0]], dtype=np.float32)
-    assert np.array_equal(
-        apply_recipe(model, x), load_recipe(model).apply(x, familiarity=load_recipe(model).familiarity(x))
-    )
+def test_what_is_known_beside_the_photos_stands_by_the_frozen_half():
+    recipe = random_recipe()
+    x, likeness = np.random.default_rng(1).standard_normal((2, 6, 20)).astype(np.float32)
+    frozen = x / np.linalg.norm(x, axis=1, keepdims=True)
+    for familiarity in (0.0, 0.3, 1.0):
+        beside = recipe.beside(likeness, familiarity=familiarity)
+        products = recipe.apply(x, familiarity=familiarity) @ beside.T
+        assert products == pytest.approx((1 - 0.8 * familiarity) * frozen @ likeness.T, abs=1e-5)
 
 
 def test_what_is_no_recipe_is_refused(model, tmp_path):

@@ -3,6 +3,7 @@ import pytest
 
 from fewshot_engine import text
 from fewshot_engine.errors import DataError
+from fewshot_engine.known_classes import KnownClasses
 from fewshot_engine.sentences import encode_sentences
 from fewshot_engine.text import (
     Concepts,
@@ -25,7 +26,7 @@ NAMES = ("tabby cat", "golden retriever", "sports car", "teapot", "oak tree")
 def concepts():
     """Five names, and a classifier that sees each of them in a direction of its own."""
     weights = np.eye(5, 6, dtype=np.float32)[None]
-    return Concepts(NAMES, encode_sentences(NAMES), weights, np.zeros((1, 5), dtype=np.float32))
+    return Concepts(NAMES, encode_sentences(NAMES), KnownClasses(weights, np.zeros((1, 5), dtype=np.float32)))
 
 
 def by_hand(mixtures, likely):
@@ -33,7 +34,8 @@ def by_hand(mixtures, likely):
     mixtures = np.array(mixtures)
     names = tuple("abcdefg"[: len(likely)])
     biases = np.log(likely, dtype=np.float32)[None] * text.NAME_TEMPERATURE
-    concepts = Concepts(names, np.eye(len(names), dtype=np.float32), np.zeros((1, len(names), 4), np.float32), biases)
+    known = KnownClasses(np.zeros((1, len(names), 4), dtype=np.float32), biases)
+    concepts = Concepts(names, np.eye(len(names), dtype=np.float32), known)
     labels = tuple(TextLabel(f"label {row}") for row in range(len(mixtures)))
     return TextPrototypes(labels, concepts, mixtures, (TextHealth((("a", 1.0),), 1.0, None),) * len(labels))
 
@@ -47,16 +49,6 @@ def test_a_labels_probability_is_summed_over_the_names():
     np.testing.assert_allclose(answers.confidences, [[odds / (1 + odds), 1 / (1 + odds)]], rtol=1e-5)
     length = np.sqrt(0.5**2 + 0.3**2 + 0.2**2)
     np.testing.assert_allclose(answers.distances, [[1 - first / length, 1 - 0.25 / length / np.sqrt(0.5)]], rtol=1e-5)
-
-
-def test_the_classifiers_of_a_fused_encoder_are_averaged():
-    weights = np.stack([np.eye(3), np.roll(np.eye(3), 1, axis=0)]).astype(np.float32)
-    concepts = Concepts(("a", "b", "c"), np.eye(3, dtype=np.float32), weights, np.zeros((2, 3), dtype=np.float32))
-    logits = np.array([text.FEATURE_LENGTH, text.FEATURE_LENGTH, 0]) / 2 / text.NAME_TEMPERATURE
-    expected = np.exp(logits) / np.exp(logits).sum()
-    np.testing.assert_allclose(concepts.probabilities(np.array([[2.0, 0, 0, 7.0, 0, 0]])), [expected], rtol=1e-4)
-    with pytest.raises(ValueError, match=r"2 classifiers take \(n, 6\)"):
-        concepts.probabilities(np.ones((1, 3)))
 
 
 def test_words_find_their_photos(concepts):
@@ -167,7 +159,6 @@ def test_the_names_of_imagenet_are_read_once(exported):
     concepts = load_concepts(exported)
     assert len(concepts.names) == 1000
     assert "goldfish" in concepts.names
-    assert (concepts.weights.shape, concepts.biases.shape) == ((1, 1000, 1280), (1, 1000))
     (kept,) = exported.glob("imagenet-names-*.npz")
     before = kept.stat().st_mtime_ns
     assert load_concepts(exported).names == concepts.names

@@ -11,7 +11,7 @@ from fewshot_engine.errors import CheckpointError, ConfigError, DataError, Train
 from fewshot_engine.evaluation import evaluate
 from fewshot_engine.exams import EVALUATION_SEED
 from fewshot_engine.networks import Network
-from fewshot_engine.recipes import apply_recipe, load_model
+from fewshot_engine.recipes import load_model, load_recipe
 from fewshot_engine.reports import Evaluated, Finished, Pretrained, Saved, Started, Step
 from fewshot_engine.training import meta_train
 
@@ -78,7 +78,8 @@ def test_adapting_learns_what_a_class_is(tmp_path):
     assert max(e.score.accuracy for e in of_kind(found, Evaluated)) == finished.best.accuracy
 
     # The model on disk gives what the run measured, without torch.
-    adapted = apply_recipe(finished.model, data.embeddings)
+    recipe = load_recipe(finished.model)
+    adapted = recipe.apply(data.embeddings, familiarity=recipe.familiarity(data.embeddings))
     assert np.linalg.norm(adapted, axis=1) == pytest.approx(1, abs=1e-5)
     held_out = np.isin(data.labels, [data.classes.index(name) for name in started.validation_classes])
     options = {"way": 3, "shot": 2, "query": 4, "episodes": 60, "seed": ADAPT.seed + EVALUATION_SEED}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from fewshot_engine import inference
 from tests.factories import make_collection, make_label_set, picture
 from tests.worker.test_intake import take_in
 from webapp.accounts.models import User
@@ -12,6 +14,7 @@ from webapp.labelsets import services
 from webapp.labelsets.models import Classification, Intake, LabelSet, Prediction
 from webapp.library.models import Collection, Photo
 from webapp.training.models import ACCURATE, DEFAULT_ENCODER, FAST, Model
+from worker import runtime, vectors
 from worker.tasks import run_job
 
 pytestmark = pytest.mark.django_db
@@ -58,6 +61,20 @@ def test_a_collection_is_sorted_by_its_likeness_to_the_examples(owner: User, sha
     assert 0 < prediction.confidence <= 1
     assert len(prediction.top_k) == 3
     assert prediction.evidence[0][1] == str(prediction.label_id)
+
+
+def test_an_example_borrows_from_the_classes_that_its_encoder_knows(owner: User, shapes: Collection) -> None:
+    label_set = taught(owner, shapes, examples=1)
+    kept = services.current_prototypes(label_set)
+    assert kept is not None
+    fitted = inference.PrototypeModel.from_bytes(bytes(kept.data))
+    blobs = [Photo.objects.get(pk=photo).blob_id for photo in kept.examples]
+    _there, raw = vectors.read(label_set.model.backbone, blobs)
+    lent = runtime.likeness(label_set.model, raw, None)
+    assert lent is not None
+    assert np.linalg.norm(lent, axis=1).min() > 0.05
+    expected = inference.fit(raw, fitted.support_labels, 3, likeness=lent)
+    np.testing.assert_allclose(fitted.prototypes, expected.prototypes, atol=1e-5)
 
 
 def test_prototypes_belong_to_a_version_and_are_made_once(owner: User, shapes: Collection) -> None:
