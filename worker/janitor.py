@@ -18,6 +18,7 @@ from django.utils import timezone
 
 from webapp import trash
 from webapp.library.models import Import
+from worker.leases import no_fork
 
 LOOK_EVERY_S = 60
 SWEEP_EVERY_S = 24 * 3600
@@ -66,14 +67,15 @@ def _sweep_archives() -> int:
 def _sweep_forever() -> None:
     swept = -float(SWEEP_EVERY_S)
     while True:
-        try:
-            if gone := trash.delete_due():
-                log.info("deleted %d things for good that were put away", gone)
-            if time.monotonic() - swept >= SWEEP_EVERY_S:
-                swept = time.monotonic()
-                if gone := sweep():
-                    log.info("removed %d leftover files", gone)
-        except (DatabaseError, OSError) as error:
-            log.warning("the janitor could not finish: %s", error)
-        close_old_connections()
+        with no_fork:
+            try:
+                if gone := trash.delete_due():
+                    log.info("deleted %d things for good that were put away", gone)
+                if time.monotonic() - swept >= SWEEP_EVERY_S:
+                    swept = time.monotonic()
+                    if gone := sweep():
+                        log.info("removed %d leftover files", gone)
+            except (DatabaseError, OSError) as error:
+                log.warning("the janitor could not finish: %s", error)
+            close_old_connections()
         time.sleep(LOOK_EVERY_S)

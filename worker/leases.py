@@ -1,7 +1,8 @@
 """Who may work on a job: claims kept alive by a thread, and a reaper for those whose worker is gone.
 
 The reaper compares no clocks: it watches on its own monotonic one whether a job's heartbeat number changes. A child of
-its own that died it need not wait for.
+its own that died it need not wait for, and for one that lives it beats as well: on a busy machine a training, which
+yields to everything else, may be minutes at its imports, in which its own thread hardly ever has its turn.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
+from typing import Literal
 from uuid import UUID
 
 from django.conf import settings
@@ -28,6 +31,11 @@ from webapp.jobs.models import Job
 LOOK_EVERY_S = 1.0
 RESEND_AFTER = timedelta(seconds=5)
 WORKER = secrets.token_hex(8)  # made before the fork: a worker's children share it
+
+# Held by the parent's threads while they work: a child that is forked meanwhile inherits whatever locks they hold (of a
+# module that they import, of a connection) and waits for them for ever.
+no_fork = threading.Lock()
+os.register_at_fork(before=no_fork.acquire, after_in_parent=no_fork.release, after_in_child=no_fork.release)
 
 log = logging.getLogger(__name__)
 _leaving = mmap.mmap(-1, 1)  # shared with the children: 1 once the worker was asked to leave
@@ -105,9 +113,12 @@ class Reaper:
             before = self._seen.get(pk)
             since = before[2] if before and before[:2] == (attempt, beat) else now
             seen[pk] = (attempt, beat, since)
-            if now - since >= self.lease_s or _is_dead_child(worker):
+            child = _child(worker)
+            if child == "dead" or now - since >= self.lease_s:
                 log.warning("job %s: the worker of attempt %d is gone", pk, attempt)
                 services.give_up_lease(pk, attempt)
+            elif child == "alive" and now - since >= self.lease_s / 4:
+                services.beat(services.Claim(pk, attempt, wanted=0))
         self._seen = seen
 
     def resend(self) -> None:
@@ -116,27 +127,32 @@ class Reaper:
         services.resend_unheard(self.queue, waiting_messages=waiting, after=RESEND_AFTER)
 
 
-def _is_dead_child(worker: str) -> bool:
+def _child(worker: str) -> Literal["alive", "dead", "unknown"]:
+    """Whether a job's worker is a child of this one's own that lives, or is dead; of any other nothing is known."""
     token, _slash, pid = worker.partition("/")
     if token != WORKER or not pid.isdigit():
-        return False
+        return "unknown"
     try:
         os.kill(int(pid), 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except ProcessLookupError:
-        return True
-    return False
+        return "dead"
+    except OSError:  # no Linux: that it is there says nothing of whether it goes on
+        return "unknown"
+    return "unknown" if state in "TtZ" else "alive"
 
 
 def _reap_forever(queue: str) -> None:
     reaper = Reaper(queue)
     rounds = 0
     while True:
-        try:
-            reaper.look()
-            if rounds % 3 == 0:
-                reaper.resend()
-        except (DatabaseError, RedisError, OSError) as error:
-            log.warning("the reaper could not look: %s", error)
-        close_old_connections()
+        with no_fork:
+            try:
+                reaper.look()
+                if rounds % 3 == 0:
+                    reaper.resend()
+            except (DatabaseError, RedisError, OSError) as error:
+                log.warning("the reaper could not look: %s", error)
+            close_old_connections()
         rounds += 1
         time.sleep(LOOK_EVERY_S)

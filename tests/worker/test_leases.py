@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import threading
+import time
 
 import pytest
 
@@ -63,6 +67,49 @@ def test_a_dead_child_of_ones_own_is_given_up_at_once(owner: User, clock: list[f
     dead.refresh_from_db()
     alive.refresh_from_db()
     assert (dead.state, alive.state) == (Job.State.QUEUED, Job.State.RUNNING)
+
+
+def test_a_living_child_of_ones_own_that_has_no_time_to_beat_keeps_its_job(owner: User, clock: list[float]) -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        job = queued(owner)
+        services.claim(job.pk, worker=f"{leases.WORKER}/{child.pid}")
+        mine, others = leases.Reaper("training", lease_s=20), leases.Reaper("ingest", lease_s=20)
+        for _round in range(20):
+            mine.look()
+            others.look()
+            clock[0] += 6
+        job.refresh_from_db()
+        assert (job.state, job.attempt) == (Job.State.RUNNING, 1)
+        child.send_signal(signal.SIGSTOP)  # a frozen one does not
+        for _round in range(6):
+            mine.look()
+            clock[0] += 6
+        job.refresh_from_db()
+        assert job.state == Job.State.QUEUED
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_no_child_is_forked_while_a_thread_of_the_parent_works() -> None:
+    working, seconds = threading.Event(), 0.3
+
+    def work() -> None:
+        with leases.no_fork:
+            working.set()
+            time.sleep(seconds)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    working.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if leases.no_fork.acquire(timeout=10) else 1)
+    _pid, status = os.waitpid(child, 0)
+    thread.join()
+    assert status == 0
+    assert not leases.no_fork.locked()
 
 
 def test_nothing_is_claimed_twice(owner: User) -> None:
