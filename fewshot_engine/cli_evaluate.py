@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fewshot_engine import cli
 from fewshot_engine.config import EpisodeConfig
 from fewshot_engine.datasets import EpisodePlan, LabelledImages, check_episode, from_folder
+from fewshot_engine.encoder import load_untrained
 from fewshot_engine.errors import ConfigError
 from fewshot_engine.prototypes import Rule
 
@@ -35,6 +36,7 @@ prints one object:
   inductive, changed     in the other modes: accuracy without what the mode adds; in batch, the share of other answers
   frozen, familiarity    for a model of the kind adapt: accuracy of the encoder that it began with; and how much the
                          photos are of the kind that it was adapted to, 0 to 1: by that its own part has a say
+  untrained              for a model of the kind full: accuracy of its network before any training
   calibration_error      how far confidences are from hit rates; 0.02 is good
   stranger_auroc         how well photos of N classes without examples are told from the others; 0.5 is guessing
   intra_class, inter_class, ratio   cosine distances within and between classes; the smaller the ratio, the better
@@ -114,6 +116,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         known = encoder.likeness(photos.embeddings)
         result["frozen"] = _report(photos.embeddings, known, images, protocol).score.accuracy
         result["familiarity"] = round(familiarity, 4)
+    if encoder.rule == Rule.usual(is_full=True):
+        result["untrained"] = _untrained(found, images, protocol, options)
     if options.grid:
         result["grid"] = _grid_of(embeddings, likeness, images, encoder.rule, options)
     if options.advise:
@@ -153,6 +157,19 @@ def _report(
         groups=images.groups,
         likeness=likeness,
     )
+
+
+def _untrained(
+    found: LabelledImages, images: LabelledImages, protocol: Protocol, options: argparse.Namespace
+) -> float | None:
+    """Accuracy of a *full* model's network as it was before any training; None where that cannot be told."""
+    before = load_untrained(
+        options.encoder, cache_dir=options.cache_dir, threads=1, device=options.device, views=options.views
+    )
+    if before is None:
+        return None
+    cli.say("Once more, with the network as it was before any training.")
+    return _report(cli.embed_images(found, before).embeddings, None, images, protocol).score.accuracy
 
 
 def _grid(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -18,7 +18,11 @@ ENCODERS = {
     "accurate": ("efficientnet-lite0@crop", "efficientnet-lite1@pad", "efficientnet-lite2"),
     "fast": ("efficientnet-lite0",),
 }
-TRAINABLE_BACKBONES = ("conv4", "resnet12", "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
+# What *full* trains: networks that start from random weights or from those of a package, and others whose pretrained
+# weights are fetched first, with `weights`.
+READY_BACKBONES = ("conv4", "resnet12", "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
+FETCHED_BACKBONES = ("resnet18", "resnet50", "mobilenet-v3-small", "mobilenet-v3-large", "vit-b-16")
+TRAINABLE_BACKBONES = (*READY_BACKBONES, *FETCHED_BACKBONES)
 ENGINE_VERSION = "3"  # part of every key of what is computed from embeddings; raise it when results change
 
 

@@ -19,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -33,7 +33,6 @@ from fewshot_engine.backbones import BACKBONES, EXTRA_PREFIXES, Backbone, Resamp
 from fewshot_engine.config import ENCODERS, ENGINE_VERSION
 from fewshot_engine.errors import CheckpointError, ConfigError, EngineError, ImageRefused, WeightsMissing
 from fewshot_engine.framing import WHOLE, Square, UInt8Array, View, read_view, read_views
-from fewshot_engine.framing import preprocess as preprocess
 from fewshot_engine.images import decode
 from fewshot_engine.known_classes import KnownClasses, load_known_classes
 from fewshot_engine.prototypes import Rule, l2_normalise
@@ -215,22 +214,51 @@ def load_with_recipe(
     That is for whoever has a set of photos at hand: `Recipe.familiarity` is asked of all of them, and holds for all.
     """
     plan = read_plan(name_or_checkpoint)
+    encoder = _load(plan, cache_dir, threads, device, views)
+    return encoder, None if plan.adapted is None else load_recipe(plan.adapted)
+
+
+def _load(plan: Plan, cache_dir: Path, threads: int, device: str | None, views: Sequence[str]) -> Encoder:
     shown = read_views(views)
     device = device or _default_device()
     forwards = [
         _torch_forward(member, device) if device != "cpu" else _onnx_forward(member.onnx(cache_dir), threads)
         for member in plan.members
     ]
-    encoder = Encoder(
+    return Encoder(
         plan.name,
         dim=sum(member.dim for member in plan.members),
         squares=[square for member in plan.members for square in member.squares(shown)],
         forward=_fused_forward(plan.members, forwards, shown),
         batch_size=CPU_BATCH if device == "cpu" else GPU_BATCH,
-        rule=Rule.usual(is_full=any(member.checkpoint is not None for member in plan.members)),
+        rule=Rule.usual(is_full=any(member.is_full for member in plan.members)),
         known_classes=lambda: load_known_classes([member.source for member in plan.members], cache_dir),
     )
-    return encoder, None if plan.adapted is None else load_recipe(plan.adapted)
+
+
+def load_untrained(
+    checkpoint: str,
+    *,
+    cache_dir: Path,
+    threads: int = 0,
+    device: str | None = None,
+    views: Sequence[str] = ("whole",),
+) -> Encoder | None:
+    """The network of a *full* model as it was before any training, at the model's image size; None for anything else.
+
+    That is its pretrained weights, or the random ones of the run's seed; a model that it was tuned from is training,
+    too. Imports torch. Arguments and errors are those of `load_encoder`.
+    """
+    plan = read_plan(checkpoint)
+    trained = next((member for member in plan.members if member.checkpoint is not None), None)
+    if trained is None or trained.checkpoint is None:
+        return None
+    import torch  # noqa: F401 - so that the network is made in this process, for no other knows of it by name
+
+    described = json.loads((trained.checkpoint / "model.json").read_text(encoding="utf-8"))
+    seed = int(described.get("config", {}).get("seed", 0))
+    member = replace(trained, checkpoint=None, seed=seed)
+    return _load(Plan(f"{plan.name}, untrained", (member,)), cache_dir, threads, device, views)
 
 
 def export_onnx(module: nn.Module, path: Path, image_size: int, *, backbone: Backbone | None = None) -> None:
@@ -362,6 +390,12 @@ class Member:
     image_size: int
     checkpoint: Path | None = None
     framing: View = WHOLE
+    seed: int | None = None  # of a *full* model's network, before any training
+
+    @property
+    def is_full(self) -> bool:
+        """Is it the network of a *full* model, trained or not yet?"""
+        return self.checkpoint is not None or self.seed is not None
 
     @property
     def dim(self) -> int:
@@ -369,9 +403,9 @@ class Member:
 
     def squares(self, views: Sequence[View]) -> list[Square]:
         """What it is shown: as its pretrained weights were tested; a model trained here sees what training cut out."""
-        crop, resampling = (
-            (self.backbone.crop, self.backbone.resampling) if self.checkpoint is None else (1.0, "bilinear")
-        )
+        crop, resampling = self.backbone.crop, self.backbone.resampling
+        if self.is_full:
+            crop, resampling = 1.0, "bilinear"
         return [self._square(view, crop, resampling) for view in views]
 
     def _square(self, view: View, crop: float, resampling: Resampling) -> Square:
@@ -383,7 +417,11 @@ class Member:
 
     def build(self) -> nn.Module:
         if self.checkpoint is None:
-            return self.backbone.build(self.image_size).eval()
+            import torch
+
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed or 0)
+                return self.backbone.build(self.image_size).eval()
         from safetensors.torch import load_file
 
         module = self.backbone.build(self.image_size, pretrained=False)
@@ -414,8 +452,11 @@ class Member:
 
     def _cache_name(self) -> str:
         digest = hashlib.sha256(f"{ENGINE_VERSION} {self.backbone.name} {self.image_size} ".encode())
-        file = self.checkpoint / "model.safetensors" if self.checkpoint is not None else self.backbone.weights()
-        digest.update(bytes.fromhex(sha256_of(file)))
+        if self.checkpoint is None and not self.backbone.pretrained:
+            digest.update(f"random, seed {self.seed}".encode())
+        else:
+            file = self.checkpoint / "model.safetensors" if self.checkpoint is not None else self.backbone.weights()
+            digest.update(bytes.fromhex(sha256_of(file)))
         return f"{quote(self.backbone.name, safe='')}-{self.image_size}-{digest.hexdigest()[:16]}.onnx"
 
 

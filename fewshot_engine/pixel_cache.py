@@ -47,7 +47,7 @@ def build_pixel_cache(paths: Sequence[str | Path], size: int, out: Path, decode_
         decode_workers: threads.
     """
     from fewshot_engine import images
-    from fewshot_engine.encoder import preprocess
+    from fewshot_engine.framing import preprocess
 
     def decode_one(index: int) -> str | None:
         try:

@@ -57,6 +57,8 @@ def test_full_training_then_evaluation_of_its_model(bars, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["accuracy"] > 0.4
     assert {"ci95", "episodes", "encoder", "intra_class", "inter_class"} <= result.keys()
+    assert 0.2 < result["untrained"] != result["accuracy"]
+    assert "frozen" not in result
 
 
 def test_mistakes_are_a_sentence_and_a_code(bars, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,9 +17,12 @@ from fewshot_engine.encoder import (
     export_onnx,
     fuse,
     load_encoder,
+    load_untrained,
+    with_normalisation,
 )
 from fewshot_engine.errors import CheckpointError, ConfigError
 from fewshot_engine.framing import Square, preprocess
+from fewshot_engine.prototypes import Rule
 from fewshot_engine.recipes import load_recipe, save_model
 
 torch = pytest.importorskip("torch")
@@ -170,6 +174,21 @@ def test_a_checkpoint_encodes_as_its_weights_say(encoder, checkpoint):
     assert (encoder.name, encoder.dim, encoder.image_size) == ("tiny", 256, 32)
     expected = by_torch(backbone, module, pixels)
     np.testing.assert_allclose(encoder.encode(pixels), expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_a_network_before_its_training_is_that_of_the_runs_seed(checkpoint, tmp_path):
+    described = json.loads((checkpoint / "model.json").read_text()) | {"config": {"seed": 7}}
+    run = shutil.copytree(checkpoint, tmp_path / "run")
+    (run / "model.json").write_text(json.dumps(described))
+    untrained = load_untrained(str(run), cache_dir=tmp_path, threads=1, device="cpu")
+    torch.manual_seed(7)
+    module = with_normalisation(get_backbone("conv4").build(32).eval(), get_backbone("conv4"))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(pixels)).numpy()
+    np.testing.assert_allclose(untrained.encode(pixels), expected, atol=1e-4)
+    assert untrained.rule == Rule.usual(is_full=True)
+    assert load_untrained("fast", cache_dir=tmp_path) is None
 
 
 def test_batches_do_not_change_embeddings(encoder):

@@ -14,8 +14,11 @@ from PIL import Image
 
 from fewshot_engine import weights
 from fewshot_engine.backbones import get_backbone
+from fewshot_engine.config import TrainConfig
+from fewshot_engine.datasets import TrainData
 from fewshot_engine.encoder import load_encoder
 from fewshot_engine.errors import CheckpointError, ConfigError, WeightsMissing
+from fewshot_engine.networks import Network
 
 torch = pytest.importorskip("torch")
 
@@ -103,6 +106,17 @@ def test_newer_weights_replace_the_older_ones(mobilenet, file, cache, tmp_path):
     newer = get_backbone(NAME).take_weights(tmp_path / "newer.pth", say=silent)
     assert newer.sha256 != older.sha256
     assert {found.name for found in cache.iterdir()} == {newer.file, f"{NAME}.json"}
+
+
+def test_a_run_starts_from_kept_weights_and_names_missing_ones(mobilenet, file):
+    config = TrainConfig(kind="full", backbone=NAME, image_size=64)
+    data = TrainData(("a", "b"), np.arange(4) % 2, pixels=np.zeros((4, 64, 64, 3), dtype=np.uint8))
+    with pytest.raises(WeightsMissing, match=f"weights {NAME}"):
+        Network(config, data, torch.device("cpu"))
+    get_backbone(NAME).take_weights(file, say=silent)
+    network = Network(config, data, torch.device("cpu"))
+    assert torch.equal(network.net.features[0][0].weight, mobilenet.features[0][0].weight)
+    assert network.frozen_statistics  # those of the pretrained network stay
 
 
 def test_a_kept_file_that_changed_is_not_used(file, cache):

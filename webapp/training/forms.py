@@ -9,7 +9,7 @@ from django import forms
 from django.utils.text import format_lazy
 from django.utils.translation import gettext_lazy as _
 
-from fewshot_engine.config import TRAINABLE_BACKBONES, EpisodeConfig, TrainConfig
+from fewshot_engine.config import READY_BACKBONES, EpisodeConfig, TrainConfig
 from fewshot_engine.errors import ConfigError
 from webapp.training.models import ACCURATE, DEFAULT_ENCODER, FAST
 
@@ -136,7 +136,7 @@ class RunForm(forms.Form):
         label=_("Backbone"),
         help_text=_("The network that turns a photo into numbers."),
         required=False,
-        choices=[(name, BACKBONE_NAMES.get(name, name)) for name in TRAINABLE_BACKBONES],
+        choices=[(name, BACKBONE_NAMES.get(name, name)) for name in READY_BACKBONES],
         initial=TYPICAL.backbone,
     )
     image_size = _number(
