@@ -139,7 +139,9 @@ def _child(worker: str) -> Literal["alive", "dead", "unknown"]:
         return "dead"
     except OSError:  # no Linux: that it is there says nothing of whether it goes on
         return "unknown"
-    return "unknown" if state in "TtZ" else "alive"
+    if state in "ZX":  # it has ended, and its parent has not looked yet
+        return "dead"
+    return "unknown" if state in "Tt" else "alive"
 
 
 def _reap_forever(queue: str) -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -125,6 +127,27 @@ def test_a_killed_child_is_replaced_and_goes_on(studio: Studio, capsys: pytest.C
     with capsys.disabled():
         print(f"\nrow 1: claimed again {took:.1f} s after kill -9 of the child (5 allowed)")
     assert after["starts"] == 2
+
+
+def test_on_a_busy_machine_a_run_is_slow_and_not_lost(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:
+    """The child that takes over has to import torch while everything else on the machine goes first."""
+    run = start_run(studio, epochs=4)
+    found = wait(studio, run, is_under_way)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3 * (os.cpu_count() or 1))]
+    try:
+        os.kill(child_of(found), signal.SIGKILL)
+        wait(studio, run, lambda now: now["attempt"] > found["attempt"])
+        time.sleep(5 * LEASE_S)
+        under_load = look(studio, run)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    after = wait(studio, run, is_done)
+    check_whole(after, epochs=4)
+    with capsys.disabled():
+        print(f"\nbusy machine: the same attempt {'goes on' if under_load['state'] == 'running' else 'is done'}")
+    assert after["attempt"] == found["attempt"] + 1
 
 
 def test_a_killed_worker_is_replaced_within_the_lease(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,11 +55,12 @@ def test_a_beating_job_is_left_alone_however_long_it_takes(owner: User, clock: l
     assert job.state == Job.State.RUNNING
 
 
-def test_a_dead_child_of_ones_own_is_given_up_at_once(owner: User, clock: list[float]) -> None:
+@pytest.mark.parametrize("is_waited_for", [True, False])
+def test_a_dead_child_of_ones_own_is_given_up_at_once(owner: User, clock: list[float], is_waited_for: bool) -> None:
     child = os.fork()
     if child == 0:
         os._exit(0)
-    os.waitpid(child, 0)
+    os.waitid(os.P_PID, child, os.WEXITED | (0 if is_waited_for else os.WNOWAIT))
     dead, alive = queued(owner), queued(owner)
     services.claim(dead.pk, worker=f"{leases.WORKER}/{child}")
     services.claim(alive.pk, worker=f"{leases.WORKER}/{os.getpid()}")
@@ -67,6 +68,8 @@ def test_a_dead_child_of_ones_own_is_given_up_at_once(owner: User, clock: list[f
     dead.refresh_from_db()
     alive.refresh_from_db()
     assert (dead.state, alive.state) == (Job.State.QUEUED, Job.State.RUNNING)
+    if not is_waited_for:
+        os.waitpid(child, 0)
 
 
 def test_a_living_child_of_ones_own_that_has_no_time_to_beat_keeps_its_job(owner: User, clock: list[float]) -> None:
