@@ -17,8 +17,10 @@ import numpy.typing as npt
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from fewshot_engine.calibration import Scale, fit_stranger_weights, fit_temperature
 from fewshot_engine.config import ENGINE_VERSION
 from fewshot_engine.errors import CheckpointError, DataError
+from fewshot_engine.health import LabelHealth, expected_accuracy, label_health
 from fewshot_engine.leave_one_out import NEAR_COPY, LeftOut, leave_one_out, near_copies
 from fewshot_engine.prototypes import (
     FloatArray,
@@ -36,9 +38,6 @@ Verdict = Literal["known", "unsure", "none"]
 Float32Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
-# How many photos are taken to be strangers before they are looked at. A person who fears strangers more, or less,
-# moves the threshold; the order of the photos stays.
-STRANGER_SHARE = 1 / 3
 # Photos that agree on a wrong answer make each other sure of it. On the six photo sets of `_PRIOR_TEMPERATURE`, with
 # Dirichlet(2) shares, this brings the calibration error at 1, 2 and 5 examples from 6.3, 3.5, 2.2 % to 4.0, 2.6, 1.6.
 TOGETHER_TEMPERATURE = 1.3  # times the temperature, for photos answered together
@@ -47,24 +46,6 @@ EVIDENCE = 3  # examples shown for the answer, and for the runner-up
 MOST_LEFT_OUT = 600
 NEIGHBOURS = 8  # of an example among unlabelled photos; 3 gain two thirds as much
 MOST_TOGETHER = 500
-
-
-@dataclass(frozen=True)
-class LabelHealth:
-    """What a label's examples say about it when each is left out in turn.
-
-    Attributes:
-        examples: how many there are.
-        expected: share of them that the others would have recognised, 0 to 1; None below two different examples, or
-            when there is no other label.
-        confused_with: the label that takes most of those that were not recognised.
-        outlier: row of the support set: the example least like the others, when another label would have it.
-    """
-
-    examples: int
-    expected: float | None = None
-    confused_with: int | None = None
-    outlier: int | None = None
 
 
 @dataclass(frozen=True)
@@ -240,8 +221,8 @@ def fit(
     copies = near_copies(l2_normalise(support[asked]), label_of[asked])
     by_rule = leave_one_out(compared[asked], label_of[asked], n_way, rule, copies)
     by_means = leave_one_out(prepared[asked], label_of[asked], n_way, Rule("cosine"), copies)
-    scale = _Scale.of(by_rule, by_means, prepared[asked], centred=centre is not None)
-    expected, interval = _expected_accuracy(by_rule)
+    scale = Scale.of(by_rule, by_means, prepared[asked], centred=centre is not None)
+    expected, interval = expected_accuracy(by_rule)
     model = PrototypeModel(
         prototypes=prototypes.astype(np.float32),
         prototype_labels=prototype_labels,
@@ -250,13 +231,16 @@ def fit(
         negatives=(prepared[:0] if negatives is None else _prepare(negatives, centre)).astype(np.float32),
         centre=None if centre is None else np.asarray(centre, dtype=np.float32),
         common=common.astype(np.float32),
-        temperature=_fit_temperature(by_rule, scale),
+        temperature=fit_temperature(by_rule, scale),
         stranger_weights=(),
         expected_accuracy=expected,
         expected_accuracy_ci=interval,
-        per_label=_label_health(by_rule, asked, np.bincount(label_of, minlength=n_way)),
+        per_label=label_health(by_rule, asked, np.bincount(label_of, minlength=n_way)),
     )
-    return replace(model, stranger_weights=_fit_stranger_weights(by_rule, by_means, scale, model))
+    of_negatives = None
+    if len(model.negatives):
+        of_negatives = _to_means(model, model.negatives), model.similarities(model.negatives)
+    return replace(model, stranger_weights=fit_stranger_weights(by_rule, by_means, scale, of_negatives))
 
 
 def classify(model: PrototypeModel, queries: FloatArray, *, top_k: int = 3) -> Predictions:
@@ -403,141 +387,6 @@ def _prepare(embeddings: FloatArray, centre: FloatArray | None) -> FloatArray:
     return prepared if centre is None else l2_normalise(prepared - np.asarray(centre, dtype=np.float32))
 
 
-# Measured on six photo sets (clothes, groceries, everyday things, letters), with Lite0 alone and with three encoders
-# fused, on label sets of 2 to 10 labels with 1 to 8 examples, half of them centred; logistic regression, each set's
-# query photos being known and those of other labels strangers. Neither the nearest example's cosine nor the mean of the
-# other labels' was of further use.
-_PRIOR_TEMPERATURE = 0.078  # in units of the scale, with one example a label
-_PRIOR_TEMPERATURE_SHOT = -0.35  # power of the number of examples
-_PRIOR_TEMPERATURE_SD = 0.45  # of its logarithm
-_PRIOR_STRANGER = {  # by whether there is a centre: bias; best cosine to a mean, to a prototype, in units of the scale
-    False: np.array([0.93, -4.2, -2.9]),
-    True: np.array([0.1, -6.7, 0.0]),
-}
-_PRIOR_STRANGER_SD = np.array([1.0, 2.0, 2.0])  # wide enough for a label set to speak for itself
-_PRIOR_LOG_SHOT = {False: 0.14, True: 0.24}  # added to the bias for each e-fold of examples a label
-_PRIOR_LOG_WAY = {False: 0.14, True: 0.5}  # and of labels
-_LONE_LABEL_COSINE = {False: 0.35, True: 0.0}  # between unrelated photos; by whether they are centred
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """The units in which a label set's similarities are measured: 0 for unrelated photos, 1 for identical ones."""
-
-    across: float  # mean similarity of an example to other labels
-    across_means: float  # the same to the means of their examples
-    log_shot: float  # of the mean number of examples a label
-    log_way: float
-    centred: bool
-
-    @classmethod
-    def of(cls, by_rule: LeftOut, by_means: LeftOut, prepared: FloatArray, *, centred: bool) -> _Scale:
-        n, n_way = by_rule.similarities.shape
-        if n_way == 1:
-            # Averaging cancels what the examples do not share, so a prototype is more like anything than an example is.
-            length = float(np.linalg.norm(prepared.mean(axis=0)))
-            between = min(_LONE_LABEL_COSINE[centred] / max(length, 0.3), 0.9)
-            return cls(between, between, float(np.log(n)), 0.0, centred)
-        across, across_means = min(by_rule.across, 0.95), min(by_means.across, 0.95)
-        return cls(across, across_means, float(np.log(n / n_way)), float(np.log(n_way)), centred)
-
-    def features(self, to_means: FloatArray, to_prototypes: FloatArray) -> FloatArray:
-        """Two (n, n_way) -> (n, 2), the largest of each."""
-        best = to_means.max(axis=1) - self.across_means, to_prototypes.max(axis=1) - self.across
-        return np.stack([best[0] / (1 - self.across_means), best[1] / (1 - self.across)], axis=1)
-
-
-def _fit_temperature(by_rule: LeftOut, scale: _Scale) -> float:
-    """Most probable temperature: likelihood of the left-out examples' labels times a log-normal prior.
-
-    Where no example has company (one a label) that is the prior, in proportion to how far apart the labels are. An
-    example that is left out meets a label with one example less, where a higher temperature is right; that much is
-    taken off again.
-    """
-    centre = float(np.log(_PRIOR_TEMPERATURE * (1 - scale.across))) + _PRIOR_TEMPERATURE_SHOT * scale.log_shot
-    use = by_rule.has_company
-    if by_rule.similarities.shape[1] < 2 or not use.any():
-        return float(np.exp(centre))
-    shot = max(float(np.exp(scale.log_shot)), 2)
-    one_less = _PRIOR_TEMPERATURE_SHOT * float(np.log((shot - 1) / shot))  # above 0
-    offsets = np.linspace(-2.5, 2.5, 21)
-    grid = centre + one_less + offsets
-    cosines = by_rule.similarities[use].astype(np.float32)
-    own = cosines[np.arange(len(cosines)), by_rule.labels[use]]
-    shifted = cosines - cosines.max(axis=1, keepdims=True)
-    log_posterior = []
-    for log_temperature, offset in zip(grid, offsets, strict=True):
-        sharpness = np.float32(np.exp(-log_temperature))
-        log_sum = np.log(np.exp(shifted * sharpness).sum(axis=1))
-        log_likelihood = float((sharpness * (own - cosines.max(axis=1)) - log_sum).sum())
-        log_posterior.append(log_likelihood - (offset / _PRIOR_TEMPERATURE_SD) ** 2 / 2)
-    return float(np.exp(centre + offsets[int(np.argmax(log_posterior))]))
-
-
-def _fit_stranger_weights(
-    by_rule: LeftOut, by_means: LeftOut, scale: _Scale, model: PrototypeModel
-) -> tuple[float, ...]:
-    """Logistic regression from two similarities to "none of these", most probable under a measured prior.
-
-    Known: each example against the set without it. Strangers: each example against the set without its whole label, and
-    the negatives. With one label, or one example a label, there are no known ones, and the prior alone decides; its
-    units, `_Scale`, still come from this label set.
-    """
-    log_shot, log_way = _PRIOR_LOG_SHOT[scale.centred], _PRIOR_LOG_WAY[scale.centred]
-    prior = _PRIOR_STRANGER[scale.centred].copy()
-    prior[0] += log_shot * scale.log_shot + log_way * scale.log_way
-    use = by_rule.has_company
-    if model.n_way < 2 or not use.any():
-        return _unscaled(prior, scale)
-    known = scale.features(by_means.similarities[use], by_rule.similarities[use])
-    strangers = scale.features(by_means.foreign, by_rule.foreign)
-    if len(model.negatives):
-        of_negatives = scale.features(_to_means(model, model.negatives), model.similarities(model.negatives))
-        strangers = np.concatenate([strangers, of_negatives])
-    # With one label less, and one example less, the odds lie a little elsewhere: the prior knows by how much.
-    shot = float(np.exp(scale.log_shot))
-    weights = _logistic_map(
-        known,
-        strangers,
-        prior,
-        shift_known=log_shot * float(np.log(max(shot - 1, 1) / shot)),
-        shift_strangers=log_way * float(np.log((model.n_way - 1) / model.n_way)),
-    )
-    return _unscaled(weights, scale)
-
-
-def _logistic_map(
-    known: FloatArray, strangers: FloatArray, prior: FloatArray, *, shift_known: float, shift_strangers: float
-) -> FloatArray:
-    """Newton's method on the log posterior of (bias, two weights), prior normal around `prior`.
-
-    The two kinds are weighted to STRANGER_SHARE, together to the number of examples: an example seen twice, once as
-    either kind, is one observation.
-    """
-    x = np.concatenate([known, strangers]).astype(np.float64)
-    x = np.concatenate([np.ones((len(x), 1)), x], axis=1)  # (n, 3)
-    y = np.repeat([0.0, 1.0], [len(known), len(strangers)])
-    offset = np.repeat([shift_known, shift_strangers], [len(known), len(strangers)])
-    each = len(known) * (1 - STRANGER_SHARE) / len(known), len(known) * STRANGER_SHARE / len(strangers)
-    weight = np.repeat(each, [len(known), len(strangers)])
-    precision = np.diag(_PRIOR_STRANGER_SD**-2.0)
-    theta = prior.copy()
-    for _ in range(12):
-        p = 1 / (1 + np.exp(-np.clip(x @ theta + offset, -30, 30)))
-        gradient = x.T @ (weight * (p - y)) + precision @ (theta - prior)
-        hessian = (x * (weight * p * (1 - p))[:, None]).T @ x + precision
-        step = np.linalg.solve(hessian, gradient)
-        theta = theta - step / max(1.0, float(np.abs(step).max()) / 2)  # at most 2 at a time: it cannot run away
-    return theta
-
-
-def _unscaled(weights: FloatArray, scale: _Scale) -> tuple[float, ...]:
-    """The same linear score on the raw similarities."""
-    bias, to_mean, to_prototype = (float(weight) for weight in weights)
-    to_mean, to_prototype = to_mean / (1 - scale.across_means), to_prototype / (1 - scale.across)
-    return (bias - to_mean * scale.across_means - to_prototype * scale.across, to_mean, to_prototype)
-
-
 def _to_means(model: PrototypeModel, prepared: Float32Array) -> Float32Array:
     """Cosines to the means of the labels' examples, before what they have in common is subtracted; (n, n_way)."""
     means = cosine_prototypes(model.support, model.support_labels, model.n_way)
@@ -576,41 +425,6 @@ def _evidence(
         rows[:, start : start + count] = np.where(np.isfinite(found), top, -1)
         values[:, start : start + count] = np.where(np.isfinite(found), found, 0)
     return rows, values
-
-
-def _expected_accuracy(by_rule: LeftOut) -> tuple[float | None, float | None]:
-    """Leave-one-out hit rate, and half the width of Wilson's 95 % interval (Wilson 1927)."""
-    n = int(by_rule.has_company.sum())
-    if n == 0 or by_rule.similarities.shape[1] < 2:
-        return None, None
-    rate = float(by_rule.hits.sum()) / n
-    z = 1.96
-    return rate, z / (1 + z * z / n) * float(np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)))
-
-
-def _label_health(by_rule: LeftOut, asked: Labels, counts: npt.NDArray[np.int64]) -> tuple[LabelHealth, ...]:
-    """Of labels with `counts` examples each, of which the rows `asked` were left out in turn."""
-    answers = by_rule.similarities.argmax(axis=1)
-    return tuple(_health_of(label, by_rule, answers, asked, counts) for label in range(len(counts)))
-
-
-def _health_of(
-    label: int, by_rule: LeftOut, answers: npt.NDArray[np.int64], asked: Labels, counts: npt.NDArray[np.int64]
-) -> LabelHealth:
-    n_way, examples = len(counts), int(counts[label])
-    rows = np.flatnonzero((by_rule.labels == label) & by_rule.has_company)
-    if len(rows) == 0 or n_way < 2:
-        return LabelHealth(examples)
-    missed = rows[answers[rows] != label]
-    if len(missed) == 0:
-        return LabelHealth(examples, expected=1.0)
-    farthest = int(asked[missed[by_rule.similarities[missed, label].argmin()]])
-    return LabelHealth(
-        examples=examples,
-        expected=1 - len(missed) / len(rows),
-        confused_with=int(np.bincount(answers[missed], minlength=n_way).argmax()),
-        outlier=farthest if len(rows) >= 3 else None,  # of two examples nobody can say which is the odd one
-    )
 
 
 def _softmax(logits: FloatArray) -> Float32Array:
