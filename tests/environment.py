@@ -25,6 +25,8 @@ os.environ.update(
 )
 for _name in ("DATABASE_URL", "OPEN_SIGNUP", "EMAIL_URL", "HTTPS"):
     os.environ.pop(_name, None)
+if _database := os.environ.get("TEST_DATABASE_URL"):  # the same tests on PostgreSQL, where one runs
+    os.environ["DATABASE_URL"] = _database
 
 
 def _start_valkey() -> subprocess.Popen[bytes]:
