@@ -11,14 +11,12 @@ from django.db.models import Count, F, OuterRef, Q, Subquery, Window
 from django.db.models.functions import Coalesce, RowNumber
 from django.urls import reverse
 from django.utils.translation import gettext as _
-from django.utils.translation import ngettext
 
 from webapp.accounts.models import User
 from webapp.labelsets.models import Classification, Example, Label, LabelSet, PrototypeSet
 from webapp.labelsets.results import last_learned, percent
 from webapp.library.models import Photo
 
-ADVISED = 10  # examples; advice, not a limit
 THUMBS = 14  # of a card
 LABELS = 100  # cards of a page
 COVER = 5
@@ -60,13 +58,6 @@ class Card:
     @property
     def expected_text(self) -> str:
         return "" if self.expected is None else percent(self.expected)
-
-    @property
-    def advice(self) -> str:
-        """ "3 of 1–10": how many there are, beside how many are advised."""
-        if self.count > ADVISED:
-            return ngettext("%(n)d photo", "%(n)d photos", self.count) % {"n": self.count}
-        return _("%(n)d of 1–%(most)d") % {"n": self.count, "most": ADVISED}
 
 
 @dataclass(frozen=True)
