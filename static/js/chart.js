@@ -61,7 +61,7 @@ export function lineChart(box, { tone, unit = "", digits = 1, total, hasBand = f
 
   function heights() {
     const values = points.flatMap(([, y, margin = 0]) => [y - margin, y + margin]).concat(lines.map((line) => line.value));
-    if (!values.length) return [0, 1];
+    if (!points.length) return unit ? [0, 100] : [0, 1];
     const low = from ?? Math.min(...values);
     const high = Math.max(...values);
     const room = unit ? Math.max((high - low) * 0.12, 2) : (high - low) * 0.12 || 0.05;
@@ -77,6 +77,7 @@ export function lineChart(box, { tone, unit = "", digits = 1, total, hasBand = f
     ctx.save();
     ctx.font = `${12 * ratio}px ui-sans-serif, system-ui, sans-serif`;
     ctx.textAlign = "right";
+    ctx.textBaseline = "alphabetic"; // the axes left another
     for (const line of lines) {
       const y = u.valToPos(line.value, "y", true);
       ctx.strokeStyle = line.colour;

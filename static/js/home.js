@@ -47,6 +47,7 @@ function showAim() {
 }
 
 form.addEventListener("change", showAim);
+form.addEventListener("input", () => say(form.querySelector("[data-problem]"), ""));
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();

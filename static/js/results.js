@@ -1,5 +1,5 @@
 // The results pane: answers as they come, one photo's evidence, corrections by one key, the whole re-sorting in place.
-import { element, request, toast, toastError, isTyping } from "./app.js";
+import { element, icon, request, toast, toastError, isTyping } from "./app.js";
 import { watch } from "./live.js";
 import { filesFromDrop, filesFromInput, upload } from "./upload.js";
 import { announce, gatherErrors, morph, say, sayOnce, throttled } from "./morphing.js";
@@ -122,7 +122,7 @@ function enter(answer) {
 
 function showExport(base) {
   const link = (kind, text) => element("a", { href: `${base}${kind}/`, download: true }, text);
-  const menu = element("details", { class: "menu" }, element("summary", { class: "button" }, gettext("Export")));
+  const menu = element("details", { class: "menu" }, element("summary", { class: "button" }, icon("download"), gettext("Export")));
   menu.append(element("div", { class: "menu-list" }, link("csv", gettext("Table (CSV)")), link("json", gettext("Data (JSON)"))));
   document.getElementById("export-menu").replaceChildren(menu);
 }
