@@ -62,7 +62,7 @@ def read_home(user: User) -> Home:
 
 
 def next_step(collections: Sequence[Shelf], label_sets: Sequence[Cover], *, has_run: bool) -> Step | None:
-    """What would help most now, or None when nothing stands out."""
+    """What would help most now, or None while there is nothing yet."""
     if not collections and not label_sets:
         return None  # the three steps say it
     empty = next((shelf for shelf in collections if not shelf.photo_count), None)
@@ -73,7 +73,7 @@ def next_step(collections: Sequence[Shelf], label_sets: Sequence[Cover], *, has_
     if not label_sets:
         text = _("Name the things that you want told apart, and give each a few photos: that is a label set.")
         return Step(text, _("Make a label set"), reverse("labelsets:list"), filled.photos if filled else ())
-    return _teach(label_sets) or _train(collections, has_run=has_run)
+    return _teach(label_sets) or _train(collections, has_run=has_run) or _sort(label_sets[0])
 
 
 def _teach(label_sets: Sequence[Cover]) -> Step | None:
@@ -99,6 +99,12 @@ def _teach(label_sets: Sequence[Cover]) -> Step | None:
         "examples": few.label_set.example_count,  # type: ignore[attr-defined]
     }
     return Step(text, _("Give examples"), few.label_set.get_absolute_url(), few.photos)
+
+
+def _sort(cover: Cover) -> Step:
+    """Everything is there: what it was made for."""
+    text = _("“%(name)s” is ready. Drop new photos, and it sorts them.") % {"name": cover.label_set.name}
+    return Step(text, _("Sort new photos"), cover.label_set.get_absolute_url(), cover.photos)
 
 
 def _train(collections: Sequence[Shelf], *, has_run: bool) -> Step | None:

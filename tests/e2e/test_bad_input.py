@@ -80,6 +80,6 @@ def test_classifying_needs_labels_and_examples(page: Page, account: None, small:
     page.locator("#new-label-name").press("Enter")
     expect(card_of(page, "Plum")).to_contain_text("Needs a photo")
     drop(page, page.locator("#results-pane"), photo)
-    expect(page.locator("#classify-problem")).to_contain_text("The 1 label of “Empty” has no example yet.")
+    expect(page.locator("#classify-problem")).to_contain_text("The label of “Empty” has no example yet.")
     expect(page).to_have_url(re.compile(r"/label-sets/[0-9a-f-]{36}/$"))
     snap(page, "27-nothing-to-classify-by")

@@ -223,9 +223,9 @@ class Evidence:
 def percent(share: float) -> str:
     """42 %, with a space that does not break; never 100 % of what is not certain."""
     if 0.995 <= share < 1:
-        return "> 99\u00a0%"
+        return ">\u00a099\u00a0%"
     if 0 < share < 0.005:
-        return "< 1\u00a0%"
+        return "<\u00a01\u00a0%"
     return f"{round(100 * share)}\u00a0%"
 
 
@@ -409,7 +409,7 @@ class _Reading:
         if row["is_answered"] and row["group_label"] != nearest.pk:
             return _("by you")
         if row["verdict"] == NONE:
-            return _("nearest: %(name)s") % {"name": nearest}
+            return _("near %(name)s") % {"name": nearest}
         confidence = _likely(row["current__confidence"])  # before the name: a long one is cut, the figure never
         return f"{confidence} {nearest}" if row["verdict"] == UNSURE else confidence
 

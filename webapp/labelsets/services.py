@@ -415,7 +415,7 @@ def _require_examples(label_set: LabelSet) -> None:
         n = labels.count()
         raise LabelSetError(
             ngettext(
-                "The %(n)d label of “%(name)s” has no example yet. Give it one photo or more, then classify.",
+                "The label of “%(name)s” has no example yet. Give it one photo or more, then classify.",
                 "None of the %(n)d labels of “%(name)s” has an example yet. "
                 "Give one photo or more to each, then classify.",
                 n,

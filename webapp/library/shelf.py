@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -193,6 +194,12 @@ def readiness(sizes: Sequence[int], *, photos: int, names: Sequence[str] = ()) -
         largest=max(sizes, default=0),
         points=tuple(points),
     )
+
+
+def telling_names(branches: Sequence[Branch]) -> list[str]:
+    """The name of each category; its path where another has the same name."""
+    times = Counter(branch.category.name for branch in branches)
+    return [b.category.path if times[b.category.name] > 1 else b.category.name for b in branches]
 
 
 def latest_import(collection: Collection) -> Import | None:

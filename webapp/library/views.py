@@ -226,7 +226,7 @@ def _overview(request: HttpRequest, collection: Collection) -> dict[str, Any]:
         "tree": tree,
         "chosen": request.GET.get("category", ""),
         "readiness": shelf.readiness(
-            [branch.own for branch in classes], photos=tree.photos, names=[branch.category.name for branch in classes]
+            [branch.own for branch in classes], photos=tree.photos, names=shelf.telling_names(classes)
         ),
         **(_report(batch) if batch else {}),
     }

@@ -52,7 +52,7 @@ def readiness(sizes: Iterable[int]) -> Readiness:
         level, sentence = (
             "bad",
             _(
-                "Episodes usually take %(ways)d categories; training pays from about %(classes)d with %(photos)d "
+                "Episodes usually take %(ways)d categories; training pays off from about %(classes)d with %(photos)d "
                 "photos each."
             )
             % {"ways": USUAL_WAYS, "classes": GOOD_CLASSES, "photos": GOOD_PHOTOS},
@@ -64,7 +64,7 @@ def readiness(sizes: Iterable[int]) -> Readiness:
     else:
         level, sentence = (
             "warn",
-            _("Training pays from about %(classes)d categories with %(photos)d photos each.")
+            _("Training pays off from about %(classes)d categories with %(photos)d photos each.")
             % {"classes": GOOD_CLASSES, "photos": GOOD_PHOTOS},
         )
     return Readiness(len(counts), sum(counts), large, level, sentence)
