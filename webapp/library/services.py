@@ -342,7 +342,7 @@ def _judge(batch: Import, entry: Entry, blob: Blob | None) -> ImportFile:
 
 
 def _update_blobs(outcomes: Sequence[Outcome]) -> None:
-    changed = []
+    changed: dict[UUID, Blob] = {}  # two files of the same bytes share one, and PostgreSQL takes a row once
     for outcome in outcomes:
         blob = outcome.file.blob
         if blob is None or blob.state != Blob.State.STORED:
@@ -351,8 +351,8 @@ def _update_blobs(outcomes: Sequence[Outcome]) -> None:
         blob.reason = outcome.refusal[:300]
         blob.notes, blob.format = list(outcome.notes), outcome.format
         blob.width, blob.height, blob.captured_at = outcome.width, outcome.height, outcome.captured_at
-        changed.append(blob)
-    _write_back(Blob, changed, ["state", "reason", "notes", "format", "width", "height", "captured_at"])
+        changed[blob.pk] = blob
+    _write_back(Blob, list(changed.values()), ["state", "reason", "notes", "format", "width", "height", "captured_at"])
 
 
 def _write_back(model: type[Blob] | type[ImportFile], rows: Sequence[Any], fields: list[str]) -> None:
