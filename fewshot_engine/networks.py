@@ -54,6 +54,7 @@ class Network:
         self.frozen_statistics = entry.pretrained  # an episode's few classes would make poor ones
         self.inputs: Callable[..., Tensor] = network_inputs
         self.running: Callable[[Tensor], Tensor] = self.net
+        self.is_searching = False  # for as many photos as fit, since memory ran out
         if device.type == "cuda" and worth_compiling(config):
             self.inputs = torch.compile(network_inputs)
             self.running = torch.compile(self.net)
@@ -76,16 +77,17 @@ class Network:
                 module.eval()
         self.asked = len(photos)
         x = self._prepared(photos, self._draws(len(photos)))
+        running = self.net if self.is_searching else self.running  # each number of photos is compiled anew
         parts = 1 if self.at_once is None else math.ceil(len(x) / self.at_once)
         if parts == 1:
-            return F.normalize(self._forward(x, self.running), dim=1)
+            return F.normalize(self._forward(x, running), dim=1)
         # Every part-th photo, so that batch normalisation sees photos of all classes in each part.
         places = torch.cat([torch.arange(part, len(x), parts) for part in range(parts)])
         features = [
             checkpoint(
                 self._forward,
                 x[part::parts],
-                self.running,
+                running,
                 use_reentrant=False,
                 preserve_rng_state=False,
                 context_fn=self._first_and_again,
@@ -108,7 +110,11 @@ class Network:
         if now <= FEWEST_AT_ONCE:
             return None
         self.at_once = max(FEWEST_AT_ONCE, math.ceil(now / 2))
+        self.is_searching = True
         return self.memory_note()
+
+    def memory_sufficed(self) -> None:
+        self.is_searching = False
 
     def memory_note(self) -> str | None:
         """What a step does since memory ran out, and what batch normalisation then sees; None where it never did."""
@@ -187,7 +193,7 @@ class Network:
 
     def _first_and_again(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """What surrounds a part's first pass, and its second: running statistics take a photo in once."""
-        return nullcontext(), _statistics_kept(self.net)
+        return nullcontext(), nullcontext() if self.frozen_statistics else _statistics_kept(self.net)
 
 
 def worth_compiling(config: TrainConfig) -> bool:

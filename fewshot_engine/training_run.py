@@ -421,10 +421,14 @@ class Run:
         while True:
             before = self.learner.generator.get_state()
             try:
-                return work()
+                result = work()
             except torch.OutOfMemoryError:
                 if self.network is None or self.network.back_off() is None:
                     raise
+            else:
+                if self.network is not None:
+                    self.network.memory_sufficed()
+                return result
             # Outside of the handler, where nothing holds the failed attempt's tensors any more
             self.learner.generator.set_state(before)
             if self.device.type == "cuda":

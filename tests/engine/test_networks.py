@@ -109,6 +109,19 @@ def test_backing_off_halves_the_portions_and_says_what_batch_normalisation_sees(
     assert network.back_off() is None
 
 
+def test_how_many_photos_fit_is_found_out_before_that_many_are_compiled():
+    network = Network(CONV4, photos(), CPU)
+    compiled = []
+    network.running = lambda x: compiled.append(len(x)) or network.net(x)
+    network.embed_training(torch.arange(24))
+    network.back_off()
+    network.embed_training(torch.arange(24))
+    assert compiled == [24]
+    network.memory_sufficed()
+    network.embed_training(torch.arange(24))
+    assert compiled == [24, 12, 12]
+
+
 def test_only_a_model_of_the_same_backbone_can_be_started_from():
     network = Network(CONV4, photos(), CPU)
     with pytest.raises(CheckpointError, match=r"is resnet12 \(full\); this run trains conv4"):
