@@ -1,21 +1,25 @@
 """Meta-training on one GPU against its peers, a JSON object a line: `python -m tests.bench.bench_gpu --help`.
 
-Every ratio is of two figures of this one run. The peer is easyfsl 1.5, the loop of its tutorial: DataLoader with 12
-workers, float32, an episode a step. The ceiling is the same network with the same optimiser, in the engine's precision
-and compiled, on episodes that lie on the GPU already, normalised.
+Every ratio is of two figures of this one run, which take turns; each is the median of the rounds. The peer is easyfsl
+1.5, the loop of its tutorial: DataLoader with 12 workers, float32, an episode a step. The ceiling is the same network
+with the same optimiser, in the engine's precision and compiled, on episodes that lie on the GPU already, normalised.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from zipfile import ZipFile
 
 import numpy as np
@@ -23,17 +27,21 @@ import torch
 from torch.nn.functional import normalize
 
 from fewshot_engine.backbones import get_backbone
+from fewshot_engine.checkpoints import load as load_checkpoint
 from fewshot_engine.config import Augmentation, EpisodeConfig, TrainConfig, Variation
 from fewshot_engine.datasets import ClassSplit, EpisodePlan, TrainData, from_folder
+from fewshot_engine.encoder import Encoder, embed_files, load_encoder
 from fewshot_engine.episodes import EpisodeSampler
 from fewshot_engine.evaluation import Score
 from fewshot_engine.losses import prototypical_loss
+from fewshot_engine.measuring import draw_photos, measure_embedding
 from fewshot_engine.networks import Network
 from fewshot_engine.optimisers import Optimiser
 from fewshot_engine.pixel_cache import build_pixel_cache, read_pixel_cache
 from fewshot_engine.recipes import load_model
 from fewshot_engine.reports import Evaluated, Finished, Saved, Started, Step
 from fewshot_engine.training import meta_train
+from fewshot_engine.weights import default_cache_dir
 
 EPISODE = EpisodeConfig(way=5, shot=5, query=15)
 GB = 10**9
@@ -62,8 +70,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, metavar="DIR", help="class folders of JPEG files, for the throughput")
     parser.add_argument("--omniglot", type=Path, metavar="DIR", help="with images_background_small1.zip and -2.zip")
-    parser.add_argument("--what", nargs="+", choices=sorted(PARTS), default=["throughput", "memory", "resume"])
+    parser.add_argument("--what", nargs="+", choices=sorted(PARTS), default=["throughput", "memory", "resume", "embed"])
     parser.add_argument("--seconds", type=float, default=15, help="of each measurement (15)")
+    parser.add_argument("--rounds", type=int, default=3, help="of the throughput and of embedding (3)")
     parser.add_argument("--episodes-per-step", type=int, nargs="+", default=[4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the omniglot runs (0 1 2)")
     parser.add_argument("--trials", nargs="+", choices=sorted(TRIALS), default=list(TRIALS), help="of the tuning")
@@ -82,19 +91,21 @@ def main() -> None:
 
 def throughput(options: argparse.Namespace) -> None:
     """ResNet-12, 84 px, 5-way 5-shot 15-query, from JPEG files."""
-    peer = time_easyfsl(options)
-    say(what="easyfsl", episodes_per_s=peer, settings="its tutorial's loop, 12 workers, float32, an episode a step")
     data = decoded(options.photos, 84)
     for per_step in options.episodes_per_step:
-        ceiling = time_synthetic(options, per_step)
-        ours = time_engine(options, data, per_step)
+        peers, ceilings, ours = [], [], []
+        for _ in range(options.rounds):
+            peers.append(time_easyfsl(options))
+            ceilings.append(time_synthetic(options, per_step))
+            ours.append(time_engine(options, data, per_step))
         say(
             what="resnet12 84 px 5-way 5-shot 15-query",
             episodes_per_step=per_step,
             engine_episodes_per_s=ours,
-            synthetic_episodes_per_s=ceiling,
-            of_synthetic=round(ours / ceiling, 3),
-            times_easyfsl=round(ours / peer, 2),
+            synthetic_episodes_per_s=ceilings,
+            easyfsl_episodes_per_s=peers,
+            of_synthetic=round(median(ours) / median(ceilings), 3),
+            times_easyfsl=round(median(ours) / median(peers), 2),
         )
 
 
@@ -231,17 +242,19 @@ def decoded(root: Path, size: int) -> TrainData:
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Each row in a process of its own, in which torch may not take more than the limit."""
+    """Each row in a process of its own, in which torch may not take more than the limit; and one that may."""
     for backbone, size in (("resnet12", 84), ("efficientnet-lite0", 224)):
         for way, shot, per_step, limit in MEMORY_ROWS:
-            row = json.dumps([backbone, size, way, shot, per_step, limit])
-            command = [sys.executable, "-m", "tests.bench.bench_gpu", "--what", "memory_row", "--row", row]
-            subprocess.run([*command, "--device", options.device], check=False)
+            for compiled, limited in ((False, True), (True, True), (False, False)):
+                row = json.dumps([backbone, size, way, shot, per_step, limit if limited else None, compiled])
+                command = [sys.executable, "-m", "tests.bench.bench_gpu", "--what", "memory_row", "--row", row]
+                subprocess.run([*command, "--device", options.device], check=False)
 
 
 def memory_row(options: argparse.Namespace) -> None:
-    backbone, size, way, shot, per_step, limit = json.loads(options.row)
-    if options.device == "cuda":
+    backbone, size, way, shot, per_step, limit, compiled = json.loads(options.row)
+    cuda = options.device == "cuda"
+    if cuda and limit:
         torch.cuda.set_per_process_memory_fraction(limit * GB / torch.cuda.get_device_properties(0).total_memory)
     labels = np.repeat(np.arange(24), 25)
     pixels = np.random.default_rng(0).integers(0, 255, (len(labels), size, size, 3), dtype=np.uint8)
@@ -255,18 +268,19 @@ def memory_row(options: argparse.Namespace) -> None:
         episodes_per_epoch=per_step * 6,
         episodes_per_step=per_step,
         eval_episodes=20,
+        compiled=compiled,
     )
     with tempfile.TemporaryDirectory() as folder:
         *_, finished = meta_train(config, data, checkpoint=Path(folder) / "run", device=options.device)
-    cuda = options.device == "cuda"
     say(
         what="memory",
         backbone=backbone,
         image_size=size,
         episodes=f"{per_step} x {way}-way {shot}-shot 15-query",
+        compiled=compiled,
         limit_gb=limit,
-        reserved_gb=round(torch.cuda.max_memory_reserved() / GB, 2) if cuda else None,
-        allocated_gb=round(torch.cuda.max_memory_allocated() / GB, 2) if cuda else None,
+        reserved_gb=round(torch.cuda.max_memory_reserved() / GB, 3) if cuda else None,
+        allocated_gb=round(torch.cuda.max_memory_allocated() / GB, 3) if cuda else None,
         notes=[note for note in finished.notes if note.startswith("Memory")],
     )
 
@@ -275,41 +289,121 @@ def memory_row(options: argparse.Namespace) -> None:
 
 
 def resume(options: argparse.Namespace) -> None:
-    """The weights of a run that was stopped and went on, beside those of one that was not."""
+    """The weights of a run that was killed and went on, beside those of one that was not, all in their own processes.
+
+    What two runs that nothing happened to are apart is the noise of the machine: cuDNN chooses by the clock.
+    """
+    for compiled in (False, True):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            with ThreadPoolExecutor() as pool:
+                runs = [pool.submit(run_child, options, compiled, folder / run) for run in ("straight", "again")]
+                killed_at = run_child(options, compiled, folder / "killed", kill=True)
+                for run in runs:
+                    run.result()
+            run_child(options, compiled, folder / "resumed", resume_from=folder / "killed")
+            straight, again, resumed = (last_weights(folder / run) for run in ("straight", "again", "resumed"))
+        say(
+            what="resume",
+            compiled=compiled,
+            killed_at_episode=killed_at,
+            apart=apart(straight, resumed),
+            two_straight_runs_apart=apart(straight, again),
+        )
+
+
+def run_child(
+    options: argparse.Namespace,
+    compiled: bool,
+    checkpoint: Path,
+    *,
+    resume_from: Path | None = None,
+    kill: bool = False,
+) -> int:
+    """A whole run in a process of its own; or one that is killed past its first checkpoint, and at which episode."""
+    row = json.dumps([compiled, str(checkpoint), resume_from and str(resume_from), kill])
+    command = [sys.executable, "-m", "tests.bench.bench_gpu", "--what", "resume_row", "--row", row]
+    with subprocess.Popen([*command, "--device", options.device], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("past "):
+                os.kill(child.pid, signal.SIGKILL)
+                return int(line.split()[1])
+    if child.returncode:
+        raise SystemExit(f"the run ended with {child.returncode}")
+    return 0
+
+
+def resume_row(options: argparse.Namespace) -> None:
+    """One run. If it is to be killed, it says when it is past its first checkpoint, and waits there."""
+    compiled, checkpoint, resume_from, is_victim = json.loads(options.row)
+    config, data = resumable_run(compiled)
+    saved_at: int | None = None
+    resume_from = resume_from and Path(resume_from)
+    for report in meta_train(config, data, checkpoint=Path(checkpoint), resume=resume_from, device=options.device):
+        if isinstance(report, Saved) and saved_at is None:
+            saved_at = report.episode
+        elif is_victim and isinstance(report, Step) and saved_at is not None and report.episode > saved_at:
+            print("past", report.episode, flush=True)
+            time.sleep(600)
+
+
+def last_weights(checkpoint: Path) -> dict[str, np.ndarray]:
+    """The network at the run's last episode; the finished model is the best one, which noise may choose."""
+    arrays, _ = load_checkpoint(checkpoint)
+    return {name: array for name, array in arrays.items() if name.startswith("learner.")}
+
+
+def resumable_run(compiled: bool) -> tuple[TrainConfig, TrainData]:
     labels = np.repeat(np.arange(24), 25)
     pixels = np.random.default_rng(0).integers(0, 255, (len(labels), 84, 84, 3), dtype=np.uint8)
-    data = TrainData(tuple(map(str, range(24))), labels, pixels=pixels)
     config = TrainConfig(
         kind="full",
         backbone="resnet12",
         episode=EpisodeConfig(5, 1, 5),
         epochs=2,
-        episodes_per_epoch=10,
+        episodes_per_epoch=100,
         eval_episodes=20,
+        compiled=compiled,
     )
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        runs = []
-        for run in ("straight", "again"):
-            *_, finished = meta_train(config, data, checkpoint=folder / run, device=options.device)
-            runs.append(load_model(finished.model)[0])
-        reports = meta_train(config, data, checkpoint=folder / "stopped", device=options.device)
-        next(report for report in reports if isinstance(report, Saved))
-        reports.close()
-        *_, finished = meta_train(
-            config, data, checkpoint=folder / "resumed", resume=folder / "stopped", device=options.device
-        )
-        runs.append(load_model(finished.model)[0])
-    straight, again, resumed = runs
+    return config, TrainData(tuple(map(str, range(24))), labels, pixels=pixels)
 
-    def apart(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-        return max(float(np.abs(one[name] - other[name]).max()) for name in one)
 
-    say(
-        what="resume",
-        largest_weight_apart=apart(straight, resumed),
-        two_straight_runs_apart=apart(straight, again),
-    )
+def apart(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
+    """The largest difference of any number, and the length of all differences against that of all numbers."""
+    one = {name: array.astype(np.float64) for name, array in one.items() if array.dtype.kind == "f"}
+    differences = {name: array - other[name] for name, array in one.items()}
+    squares = [sum(float(np.square(part).sum()) for part in parts.values()) for parts in (differences, one)]
+    return {
+        "largest": max(float(np.abs(part).max()) for part in differences.values()),
+        "relative": (squares[0] / squares[1]) ** 0.5,
+    }
+
+
+# Embedding --------------------------------------------------------------------------------------------
+
+
+def embed(options: argparse.Namespace) -> None:
+    """Each encoder against itself on the CPU, 64 photos; then photos a second from files and of the forward alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = draw_photos(Path(folder), 4096)
+        for name in ("accurate", "fast"):
+            began = time.perf_counter()
+            encoder = load_encoder(name, cache_dir=default_cache_dir(), device=options.device)
+            found = embeddings_of(paths[:64], encoder)
+            ready = time.perf_counter() - began
+            wanted = embeddings_of(paths[:64], load_encoder(name, cache_dir=default_cache_dir(), device="cpu"))
+            cosines = (found * wanted).sum(axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
+            say(
+                what="embed",
+                **measure_embedding(encoder, paths, rounds=options.rounds),
+                ready_s=round(ready, 1),
+                lowest_cosine_with_cpu=round(float(cosines.min()), 6),
+            )
+
+
+def embeddings_of(paths: list[Path], encoder: Encoder) -> np.ndarray:
+    return np.stack([one.embedding for one in embed_files(paths, encoder) if one.embedding is not None])
 
 
 # Omniglot ---------------------------------------------------------------------------------------------
@@ -430,6 +524,8 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "memory": memory,
     "memory_row": memory_row,
     "resume": resume,
+    "resume_row": resume_row,
+    "embed": embed,
     "omniglot": omniglot,
     "omniglot_tuning": omniglot_tuning,
 }
