@@ -73,7 +73,7 @@ def next_step(collections: Sequence[Shelf], label_sets: Sequence[Cover], *, has_
     if not label_sets:
         text = _("Name the things that you want told apart, and give each a few photos: that is a label set.")
         return Step(text, _("Make a label set"), reverse("labelsets:list"), filled.photos if filled else ())
-    return _teach(label_sets) or _train(collections, has_run=has_run) or _sort(label_sets[0])
+    return _teach(label_sets) or _train(collections, has_run=has_run) or _sort(label_sets)
 
 
 def _teach(label_sets: Sequence[Cover]) -> Step | None:
@@ -101,10 +101,19 @@ def _teach(label_sets: Sequence[Cover]) -> Step | None:
     return Step(text, _("Give examples"), few.label_set.get_absolute_url(), few.photos)
 
 
-def _sort(cover: Cover) -> Step:
-    """Everything is there: what it was made for."""
-    text = _("“%(name)s” is ready. Drop new photos, and it sorts them.") % {"name": cover.label_set.name}
-    return Step(text, _("Sort new photos"), cover.label_set.get_absolute_url(), cover.photos)
+def _sort(label_sets: Sequence[Cover]) -> Step | None:
+    """Everything is there: what it was made for, or what it still confuses."""
+    ready = next((cover for cover in label_sets if cover.health and cover.health.kind == "good"), None)
+    if ready:
+        text = _("“%(name)s” is ready. Drop new photos, and it sorts them.") % {"name": ready.label_set.name}
+        return Step(text, _("Sort new photos"), ready.label_set.get_absolute_url(), ready.photos)
+    weak = next((cover for cover in label_sets if cover.health and cover.health.kind == "warn"), None)
+    if weak is None:
+        return None
+    text = _("“%(name)s” still mixes up labels. More examples of those it confuses help most.") % {
+        "name": weak.label_set.name
+    }
+    return Step(text, _("Give examples"), weak.label_set.get_absolute_url(), weak.photos)
 
 
 def _train(collections: Sequence[Shelf], *, has_run: bool) -> Step | None:
