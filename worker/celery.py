@@ -23,7 +23,7 @@ from webapp.queue import TRANSPORT
 from worker import janitor, leases
 
 QUEUE = os.environ.get("WORKER_QUEUE", "interactive")
-NICENESS = {"interactive": 0, "ingest": 5, "training": 15}  # an answer comes before an import, that before a training
+NICENESS = {"interactive": 0, "ingest": 5, "training": 10}  # an answer comes before an import, that before a training
 
 app = Celery("fewshot-worker", broker=settings.CELERY_BROKER_URL, include=["worker.tasks"])
 app.conf.update(
@@ -33,6 +33,7 @@ app.conf.update(
     task_acks_late=False,
     worker_prefetch_multiplier=1,
     worker_max_tasks_per_child=1 if QUEUE == "training" else None,
+    worker_proc_alive_timeout=120,  # of a child that starts: where it is not there in 4 s, the next is not either
     worker_hijack_root_logger=False,
     worker_send_task_events=False,
     worker_cancel_long_running_tasks_on_connection_loss=False,
