@@ -202,6 +202,16 @@ def test_empty_collection_is_a_sentence_in_place(kitchen: Kitchen, owner: User, 
     assert "no photos yet" in page.content.decode()
 
 
+def test_empty_collections_are_not_offered(kitchen: Kitchen, owner: User, owner_client: Client) -> None:
+    factories.make_collection(owner, "Nothing in it")
+    label = kitchen.set.labels.first()
+    assert label is not None
+    for url in (kitchen.set.get_absolute_url(), kitchen.url("pick", label.pk)):
+        page = owner_client.get(url).content.decode()
+        assert kitchen.collection.name in page
+        assert "Nothing in it" not in page
+
+
 def test_referer_elsewhere_is_not_followed(kitchen: Kitchen, owner_client: Client) -> None:
     answer = owner_client.post(
         kitchen.url("add-label", kitchen.set.pk), {"name": "mango"}, HTTP_REFERER="https://evil.example/x"

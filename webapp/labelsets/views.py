@@ -80,8 +80,9 @@ def pick(request: HttpRequest, pk: UUID) -> HttpResponse:
     label = own_label(request, pk)
     collections = Collection.objects.of(person(request)).shown().order_by("name")
     chosen = request.GET.get("collection")
-    collection = get_object_or_404(collections, pk=uuid_or_404(chosen)) if chosen else collections.first()
-    context: dict[str, Any] = {"label": label, "collections": collections, "collection": collection}
+    offered = collections.with_photos()
+    collection = get_object_or_404(collections, pk=uuid_or_404(chosen)) if chosen else offered.first()
+    context: dict[str, Any] = {"label": label, "collections": offered, "collection": collection}
     if replaced := _replaced(label, request.GET):
         context["replaces"] = replaced.pk
     if collection is not None:
@@ -99,7 +100,7 @@ def set_page(request: HttpRequest, one: LabelSet) -> dict[str, Any]:
         "board": cards.read_board(one, first=number_from(request, "labels")),
         "batches": cards.recent_batches(one),
         "models": Model.objects.usable_by(person(request)).built_in_first(),
-        "collections": Collection.objects.of(person(request)).shown().order_by("name"),
+        "collections": Collection.objects.of(person(request)).shown().with_photos().order_by("name"),
         "top_ks": range(1, MOST_TOP_K + 1),
         "shown_top_k": 3,
         "threshold_percent": round(100 * one.reject_above),

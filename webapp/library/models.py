@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.conf import settings
 from django.db import models
-from django.db.models import Count, Q
+from django.db.models import Count, Exists, OuterRef, Q
 from django.urls import reverse
 from django.utils.translation import gettext_lazy as _
 
@@ -25,6 +25,9 @@ class CollectionQuerySet(models.QuerySet["Collection"]):
     def shown(self) -> CollectionQuerySet:
         """Those a person made; a label set's own one for drops is found on its page."""
         return self.filter(purpose=Collection.Purpose.LIBRARY)
+
+    def with_photos(self) -> CollectionQuerySet:
+        return self.filter(Exists(Photo.objects.filter(collection=OuterRef("pk"))))
 
     def with_counts(self) -> CollectionQuerySet:
         return self.annotate(
