@@ -118,11 +118,14 @@ def test_the_final_figure_is_that_of_classes_used_for_nothing_else(run: Training
     assert "81.0\u00a0% ± 1.0" in page and "70.0\u00a0% ± 1.0" in page
     assert "11.0 above the untrained backbone" in page
     assert "90.0\u00a0% ± 1.0" not in page
+    assert "kept for this figure alone" in page
 
 
 def test_a_gain_within_the_noise_is_no_yes(run: TrainingRun, owner_client: Client) -> None:
     end(begin(run), run, best=0.613, recommends="trained")  # each score is ± 1.0
-    assert "Hardly." in owner_client.get(run.get_absolute_url()).content.decode()
+    page = owner_client.get(run.get_absolute_url()).content.decode()
+    assert "Hardly." in page
+    assert "kept for this figure alone" not in page
 
 
 PAGES = ["run", "panel", "curves"]

@@ -122,6 +122,11 @@ class RunReport:
         return found
 
     @property
+    def is_tested(self) -> bool:
+        """Is the score of classes that were used for nothing else?"""
+        return bool(self._tested)
+
+    @property
     def accuracy(self) -> str:
         return figure(100 * self.score["accuracy"], 1) if self.score else ""
 
