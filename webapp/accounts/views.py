@@ -272,6 +272,8 @@ def _plain(form: Any) -> Any:
     for name in ("login", "email"):
         if name in form.fields:
             form.fields[name].label = _("E-mail")
+    if "oldpassword" in form.fields:
+        form.fields["oldpassword"].label = _("Current password")
     for name in ("password", "oldpassword"):
         if name in form.fields:
             form.fields[name].help_text = ""  # a link to the reset page, which stands below the form
