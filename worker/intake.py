@@ -1,7 +1,7 @@
 """From stored bytes to photos with embeddings: decode safely, derive copies, embed in batches, write at once.
 
-Decoding runs in threads (Pillow lets go of the interpreter) while the batch before goes through the encoders. A photo
-is decoded once, whatever the number of backbones that look at it.
+Decoding and embedding run in threads, one for each core (Pillow and ONNX Runtime let go of the interpreter), a chunk
+ahead of what is being written down. A photo is decoded once, whatever the number of backbones that look at it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ DECODED_SIDE = 1200  # px on the shorter side: enough for the working copy, and 
 
 Pixels = NDArray[np.uint8]
 Rows = dict[str, Pixels]  # by backbone: a photo as that takes it
+Embeddings = list[tuple[str, list[UUID], Future[NDArray[np.float32]]]]  # a backbone, blobs, their vectors to come
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def embed_missing(claim: Claim, blobs: Sequence[Blob], encoder: str) -> None:
         for start in range(0, len(todo), CHUNK):
             chunk = todo[start : start + CHUNK]
             rows = pool.map(lambda blob: (blob.pk, _rows_of(blob, encoders, wanted)), chunk)
-            written = _embed(encoders, rows)
+            written = _write(_embed(encoders, rows, pool))
             with fenced(claim):
                 for part in written:
                     vectors.enter(part)
@@ -117,16 +118,25 @@ def _has_stored(batch: Import) -> bool:
 
 
 def _process_stored(lease: Lease, batch: Import, encoders: dict[str, Encoder], pool: ThreadPoolExecutor) -> None:
+    before: tuple[list[Outcome], Embeddings] | None = None
     for looked in _looked_at(batch, encoders, pool):
+        embeddings = _embed(encoders, [(item.outcome.file.blob_id, item.rows) for item in looked], pool)
+        if before is not None:
+            _place(lease, batch, *before)
         if lease.is_lost:
             return
-        outcomes = [item.outcome for item in looked]
-        written = _embed(encoders, [(item.outcome.file.blob_id, item.rows) for item in looked])
-        with fenced(lease.claim):
-            for part in written:
-                vectors.enter(part)
-            photos = place_photos(lease.claim, batch, outcomes)
-            photos_ready(batch, photos, is_last=False)
+        before = [item.outcome for item in looked], embeddings
+    if before is not None:
+        _place(lease, batch, *before)
+
+
+def _place(lease: Lease, batch: Import, outcomes: Sequence[Outcome], embeddings: Embeddings) -> None:
+    written = _write(embeddings)
+    with fenced(lease.claim):
+        for part in written:
+            vectors.enter(part)
+        photos = place_photos(lease.claim, batch, outcomes)
+        photos_ready(batch, photos, is_last=False)
 
 
 def _looked_at(batch: Import, encoders: dict[str, Encoder], pool: ThreadPoolExecutor) -> Iterator[list[Looked]]:
@@ -178,16 +188,24 @@ def _cut(rgb: Image, blob: Blob, encoders: Mapping[str, Encoder], wanted: Mappin
     return {name: encoder.prepare(rgb) for name, encoder in encoders.items() if blob.pk in wanted[name]}
 
 
-def _embed(encoders: Mapping[str, Encoder], rows: Iterable[tuple[UUID | None, Rows]]) -> list[vectors.Written]:
-    """Push rows through their backbones and put the vectors on the disk; of a photo that comes twice, one."""
+def _embed(
+    encoders: Mapping[str, Encoder], rows: Iterable[tuple[UUID | None, Rows]], pool: ThreadPoolExecutor
+) -> Embeddings:
+    """Push rows through their backbones, in as many parts as there are cores; of a photo that comes twice, one."""
     by_blob = {blob_id: found for blob_id, found in rows if blob_id is not None and found}
-    written = []
+    embeddings = []
     for name, encoder in encoders.items():
         ids = [blob_id for blob_id, found in by_blob.items() if name in found]
-        if ids:
-            pixels = np.stack([by_blob[blob_id][name] for blob_id in ids])
-            written.append(vectors.write(name, ids, encoder.encode(pixels)))
-    return written
+        parts = [ids[start :: runtime.CORES] for start in range(min(runtime.CORES, len(ids)))]
+        for part in parts:
+            pixels = np.stack([by_blob[blob_id][name] for blob_id in part])
+            embeddings.append((name, part, pool.submit(encoder.encode, pixels)))
+    return embeddings
+
+
+def _write(embeddings: Embeddings) -> list[vectors.Written]:
+    """Put the vectors on the disk."""
+    return [vectors.write(name, ids, future.result()) for name, ids, future in embeddings]
 
 
 def _end(claim: Claim, batch: Import) -> None:

@@ -38,7 +38,7 @@ def encoder(backbone: str) -> Encoder:
         source = default_storage.path(Model.objects.get(backbone=backbone, kind=Model.Kind.FULL).folder)
     folder = Path(settings.DATA_DIR) / "encoders"
     with _one_process(folder):
-        return load_encoder(source, cache_dir=folder)
+        return load_encoder(source, cache_dir=folder, threads=1)  # who has several photos sends them in parts
 
 
 @contextmanager
