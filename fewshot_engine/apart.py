@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from fewshot_engine.errors import EngineError, WeightsMissing
 
@@ -32,3 +34,13 @@ def run_apart(module: str, *arguments: str, what: str, refusal: type[EngineError
         raise refusal(done.stderr.strip())
     if done.returncode != 0:
         raise EngineError(f"{what} could not be made: {done.stderr.strip()[-2000:]}")
+
+
+def answer(work: Callable[..., None]) -> NoReturn:
+    """The other end: do the work with the arguments given, and end with REFUSED after a sentence on standard error."""
+    try:
+        work(*sys.argv[1:])
+    except EngineError as error:
+        print(error, file=sys.stderr)
+        sys.exit(REFUSED)
+    sys.exit(0)

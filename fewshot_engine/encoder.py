@@ -28,10 +28,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fewshot_engine.apart import REFUSED, run_apart
+from fewshot_engine.apart import answer, run_apart
 from fewshot_engine.backbones import BACKBONES, EXTRA_PREFIXES, Backbone, Resampling, get_backbone
 from fewshot_engine.config import ENCODERS, ENGINE_VERSION
-from fewshot_engine.errors import CheckpointError, ConfigError, EngineError, ImageRefused, WeightsMissing
+from fewshot_engine.errors import CheckpointError, ConfigError, ImageRefused, WeightsMissing
 from fewshot_engine.framing import WHOLE, Square, UInt8Array, View, read_view, read_views
 from fewshot_engine.images import decode
 from fewshot_engine.known_classes import KnownClasses, load_known_classes
@@ -616,15 +616,10 @@ def with_normalisation(module: nn.Module, backbone: Backbone | None) -> nn.Modul
     return Normalised().to(next(module.parameters()).device)
 
 
-def _main(source: str, path: str) -> int:
-    try:
-        (member,) = read_plan(source).members
-        member.export(Path(path))
-    except EngineError as error:
-        print(error, file=sys.stderr)
-        return REFUSED
-    return 0
+def _main(source: str, path: str) -> None:
+    (member,) = read_plan(source).members
+    member.export(Path(path))
 
 
 if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[1:]))
+    answer(_main)

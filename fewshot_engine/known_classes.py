@@ -25,11 +25,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fewshot_engine.apart import REFUSED, run_apart
+from fewshot_engine.apart import answer, run_apart
 from fewshot_engine.backbones import get_backbone
 from fewshot_engine.checkpoints import write_atomically
 from fewshot_engine.config import ENGINE_VERSION
-from fewshot_engine.errors import EngineError
 from fewshot_engine.prototypes import FloatArray, l2_normalise
 from fewshot_engine.weights import read_state_dict
 
@@ -128,14 +127,9 @@ def _write(path: Path, backbone: str) -> None:
     write_atomically(path, content.getvalue())
 
 
-def _main(path: str, backbone: str) -> int:
-    try:
-        _write(Path(path), backbone)
-    except EngineError as error:
-        print(error, file=sys.stderr)
-        return REFUSED
-    return 0
+def _main(path: str, backbone: str) -> None:
+    _write(Path(path), backbone)
 
 
 if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[1:]))
+    answer(_main)

@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fewshot_engine.apart import REFUSED, run_apart
+from fewshot_engine.apart import answer, run_apart
 from fewshot_engine.checkpoints import write_atomically
 from fewshot_engine.config import ENCODERS, ENGINE_VERSION
-from fewshot_engine.errors import DataError, EngineError
+from fewshot_engine.errors import DataError
 from fewshot_engine.known_classes import CLASSIFIERS, KnownClasses, load_known_classes
 from fewshot_engine.prototypes import FloatArray, IntArray, l2_normalise
 from fewshot_engine.sentences import encode_sentences, model_file
@@ -422,14 +422,9 @@ def _sigmoid(logits: FloatArray) -> FloatArray:
     return probability
 
 
-def _main(path: str) -> int:
-    try:
-        _write_names(Path(path))
-    except EngineError as error:
-        print(error, file=sys.stderr)
-        return REFUSED
-    return 0
+def _main(path: str) -> None:
+    _write_names(Path(path))
 
 
 if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[1:]))
+    answer(_main)

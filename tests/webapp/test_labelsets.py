@@ -28,21 +28,7 @@ from webapp.labelsets.models import (
 from webapp.library.models import Import, ImportFile, Photo
 from webapp.training.models import Model
 
-pytestmark = pytest.mark.django_db
-
-
-@pytest.fixture(autouse=True)
-def _plain_parts(settings: Any, tmp_path: Any) -> None:
-    settings.STATIC_ROOT = tmp_path
-    settings.STORAGES = {
-        **settings.STORAGES,
-        "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
-    }
-
-
-@pytest.fixture
-def kitchen(owner: User) -> Kitchen:
-    return Kitchen(owner)
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("plain_parts")]
 
 
 def upload(name: str = "new.jpg", content: bytes = b"a picture") -> SimpleUploadedFile:

@@ -12,7 +12,6 @@ from fewshot_engine.config import ENGINE_VERSION
 from fewshot_engine.inference import verdict as engine_verdict
 from tests import factories
 from tests.webapp.kitchen import SCRIPT, Kitchen, many, post_json, predict
-from webapp.accounts.models import User
 from webapp.jobs.models import Job
 from webapp.labelsets import results, services
 from webapp.labelsets.models import (
@@ -22,21 +21,7 @@ from webapp.labelsets.models import (
     QueryImage,
 )
 
-pytestmark = pytest.mark.django_db
-
-
-@pytest.fixture(autouse=True)
-def _plain_parts(settings: Any, tmp_path: Any) -> None:
-    settings.STATIC_ROOT = tmp_path
-    settings.STORAGES = {
-        **settings.STORAGES,
-        "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
-    }
-
-
-@pytest.fixture
-def kitchen(owner: User) -> Kitchen:
-    return Kitchen(owner)
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("plain_parts")]
 
 
 # Classifying ----------------------------------------------------------------------------------------------------------
